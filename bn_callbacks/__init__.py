@@ -1,0 +1,23 @@
+"""Watch, recalibrate and debias the moving statistics of BatchNormalization."""
+
+from bn_callbacks.recalibration import audit, recalibrate, recalibrated
+from bn_callbacks.report import (
+    BatchNormLagWarning,
+    BatchNormReport,
+    BatchNormWarning,
+    LayerReport,
+    RecalibrationReport,
+)
+from bn_callbacks.statistics.moving_average import suggest_momentum
+
+__all__ = [
+    "BatchNormLagWarning",
+    "BatchNormReport",
+    "BatchNormWarning",
+    "LayerReport",
+    "RecalibrationReport",
+    "audit",
+    "recalibrate",
+    "recalibrated",
+    "suggest_momentum",
+]

@@ -1,0 +1,252 @@
+"""What `fit` takes as `x`, as batches that can be read more than once."""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Data that cannot tell its length must end within so many batches: an endless
+# generator is an error, not a hang. 10⁴ samples are plenty for statistics.
+MAX_UNSIZED_BATCHES = 10_000
+
+Batch = tuple[Any, Any, Any]
+
+
+class Batches:
+    """Batches of `(inputs, targets, sample_weight)`; the last two may be None.
+
+    Args:
+        x: An array; a list, dict or tuple structure of arrays; `(x, y)` or
+            `(x, y, sample_weight)` of these; a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or a generator or other iterable of batches.
+        batch_size: Samples per batch of arrays; 32 by default.
+        steps: Number of batches to use; all by default.
+        inputs: The number of inputs of the model, which tells a tuple of
+            inputs from `(x, y)`; None if unknown.
+
+    Raises:
+        ValueError: Nothing in `x`, less in it than `steps`, no end to it, or
+            arguments that contradict each other.
+        TypeError: `x` is nothing that `fit` would take.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        inputs: int | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("steps", steps)):
+            if value is not None and (int(value) != value or value < 1):
+                raise ValueError(
+                    f"`{name}` must be a positive integer or None. Received: "
+                    f"{name}={value!r}."
+                )
+        self.steps = steps
+        self._once: Iterator[Any] | None = None
+        self._kept: list[Batch] = []
+        if _is_arrays(x):
+            self._source: Iterable[Any] = _Arrays(x, batch_size or 32, inputs)
+            size: int | None = len(self._source)
+        else:
+            if batch_size is not None:
+                raise ValueError(
+                    "`batch_size` is for arrays; other data come in batches "
+                    f"already. Received: batch_size={batch_size} with x of type "
+                    f"{type(x).__name__}. Leave batch_size out."
+                )
+            self._source, size = _iterable(x)
+        if size is None and steps is None and _is_endless(x):
+            raise ValueError(
+                f"`x` is infinite. Received: {type(x).__name__} without end and "
+                "steps=None. Pass `steps`."
+            )
+        if size == 0:
+            raise ValueError(
+                f"`x` is empty. Received: {type(x).__name__} of no samples. Pass at "
+                "least one batch of data."
+            )
+        if size is not None and steps is not None and steps > size:
+            raise ValueError(_ran_out(size, steps))
+        self.length = steps or size
+        if isinstance(self._source, Iterator):
+            self._once = self._source
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = 0
+        for batch in itertools.islice(self._batches(), self.steps):
+            if count >= MAX_UNSIZED_BATCHES and self.length is None:
+                raise ValueError(
+                    "`x` seems to be infinite. Received: more than "
+                    f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
+                )
+            count += 1
+            yield batch
+        if count == 0:
+            raise ValueError(
+                "`x` is empty. Received: no batch at all. Pass at least one batch "
+                "of data; an iterator that has been read to its end has none left."
+            )
+        if self.steps is not None and count < self.steps:
+            raise ValueError(_ran_out(count, self.steps))
+
+    def _batches(self) -> Iterator[Batch]:
+        if self._once is None:
+            yield from map(_to_tensors, self._source)
+            return
+        # An iterator can be read once only, so what it gave is kept.
+        yield from list(self._kept)
+        for item in self._once:
+            self._kept.append(_to_tensors(item))
+            yield self._kept[-1]
+
+
+def _ran_out(size: int, steps: int) -> str:
+    return (
+        f"`x` ran out of data after {size} batches. Received: steps={steps}. Pass "
+        "fewer `steps`, or data that repeat."
+    )
+
+
+def _is_arrays(x: Any) -> bool:
+    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+        return False
+    if isinstance(x, (list, tuple, dict)):
+        leaves = [leaf for leaf in tf.nest.flatten(x) if leaf is not None]
+        return bool(leaves) and all(_is_array(leaf) for leaf in leaves)
+    return _is_array(x)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "__array__") and len(leaf.shape) > 0
+
+
+def _is_endless(x: Any) -> bool:
+    if isinstance(x, tf.data.Dataset):
+        return int(x.cardinality()) == tf.data.INFINITE_CARDINALITY
+    return isinstance(x, keras.utils.PyDataset)
+
+
+def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
+    """The data as an iterable of batches, and their number where it is known."""
+    if isinstance(x, tf.data.Dataset):
+        size = int(x.cardinality())
+        return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
+    if isinstance(x, keras.utils.PyDataset):
+        return _Indexed(x), x.num_batches
+    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
+        try:
+            return x, len(x)  # type: ignore[arg-type]
+        except TypeError:
+            return x, None
+    raise TypeError(
+        "`x` must be what `fit` takes: arrays, a tf.data.Dataset, a PyDataset or a "
+        f"generator of batches. Received: {_describe(x)}."
+    )
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, (list, tuple, dict)):
+        kinds = sorted({type(leaf).__name__ for leaf in tf.nest.flatten(x)})
+        return f"{type(x).__name__} of {', '.join(kinds) or 'nothing'}"
+    return f"{x!r:.60} of type {type(x).__name__}"
+
+
+def _to_tensors(item: Any) -> Batch:
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(item)
+    return tuple(  # type: ignore[return-value]
+        None if part is None else tf.nest.map_structure(_to_tensor, part)
+        for part in (x, y, sample_weight)
+    )
+
+
+def _to_tensor(leaf: Any) -> Any:
+    if tf.is_tensor(leaf) or leaf is None:
+        return leaf
+    array = np.asarray(leaf)
+    # `fit` turns NumPy's default float64 into Keras' default float as well.
+    if array.dtype == np.float64:
+        array = array.astype(keras.backend.floatx())
+    return tf.convert_to_tensor(array)
+
+
+def open_specs(batch: Any) -> Any:
+    """Tensor specifications of a structure, with the batch size left open."""
+
+    def spec(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        spec = tf.type_spec_from_value(leaf)
+        if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
+            return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+        return spec
+
+    return tf.nest.map_structure(spec, batch)
+
+
+@contextlib.contextmanager
+def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
+    """Turns what Keras says of data that do not fit into one clear error."""
+    try:
+        yield
+    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), inputs)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(
+            f"Batch {index} of the data does not fit the model. Received: inputs of "
+            f"shape {shapes} for model {model_name!r}. Pass data as `fit` takes them, "
+            f"in batches. Keras says: {' '.join(lines)[:300]}"
+        ) from error
+
+
+class _Arrays:
+    """Arrays, cut into consecutive batches."""
+
+    def __init__(self, x: Any, batch_size: int, inputs: int | None) -> None:
+        is_item = isinstance(x, tuple) and len(x) in (2, 3) and len(x) != inputs
+        self._parts = (*x, None)[:3] if is_item else (x, None, None)
+        if isinstance(x, tuple) and len(x) == 1:
+            self._parts = (x[0], None, None)
+        leaves = [leaf for leaf in tf.nest.flatten(self._parts) if leaf is not None]
+        sizes = sorted({int(leaf.shape[0]) for leaf in leaves})
+        if len(sizes) > 1:
+            raise ValueError(
+                "All arrays must have the same number of samples. Received: arrays "
+                f"of {', '.join(map(str, sizes))} samples."
+            )
+        self._samples = sizes[0]
+        self._batch_size = int(batch_size)
+
+    def __len__(self) -> int:
+        return -(-self._samples // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self._samples, self._batch_size):
+            part = slice(start, start + self._batch_size)
+            yield tf.nest.map_structure(
+                lambda leaf, part=part: None if leaf is None else _cut(leaf, part),
+                self._parts,
+            )
+
+
+def _cut(array: Any, part: slice) -> Any:
+    # A pandas object slices by position only through `iloc`.
+    return getattr(array, "iloc", array)[part]
+
+
+class _Indexed:
+    """A PyDataset, read in order and without its epoch hooks."""
+
+    def __init__(self, dataset: keras.utils.PyDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        size = self._dataset.num_batches
+        indices = itertools.count() if size is None else range(size)
+        return (self._dataset[index] for index in indices)

@@ -1,0 +1,262 @@
+"""What the library has found, as immutable objects to read, print and convert."""
+
+import dataclasses
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bn_callbacks.statistics.diagnosis import HEALTHY, Evidence, diagnose
+
+
+class BatchNormWarning(UserWarning):
+    """Any warning of `bn_callbacks`.
+
+    Silence all of them with `warnings.simplefilter("ignore", BatchNormWarning)`,
+    or turn them into errors with `"error"`.
+    """
+
+
+class BatchNormLagWarning(BatchNormWarning):
+    """Moving statistics do not describe what the layers see.
+
+    The message names the worst layer, its lag, the likely cause and the remedy.
+    `BatchNormMonitor(on_lag="raise")` raises it as an error.
+    """
+
+
+BatchNormWarning.__module__ = BatchNormLagWarning.__module__ = "bn_callbacks"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of one BN layer; what cannot be known is `None`.
+
+    Args:
+        path: Path of the layer in its model.
+        cause: `"healthy"`, or the likely cause of what is wrong.
+        lag: RMS error that the moving statistics put on the layer's normalised
+            output, in standard deviations.
+        mean_shift: The part of `lag` from the means, in standard deviations.
+        scale_ratio: Batch over moving standard deviation, geometric mean over
+            the channels.
+        noise: RMS fluctuation of the moving averages that sampling alone
+            causes, in standard deviations.
+        updates: Updates of the moving averages that were watched.
+        start_weight: Weight of the values the averages began with.
+        momentum: The layer's momentum.
+        suggested_momentum: A momentum that would do better.
+        design_effect: Variance between batches over what a random sample of
+            the same size would have.
+        advice: What to do, in a sentence or two; empty where nothing is wrong.
+    """
+
+    path: str
+    cause: str = HEALTHY
+    lag: float | None = None
+    mean_shift: float | None = None
+    scale_ratio: float | None = None
+    noise: float | None = None
+    updates: int | None = None
+    start_weight: float | None = None
+    momentum: float | None = None
+    suggested_momentum: float | None = None
+    design_effect: float | None = None
+    advice: str = ""
+
+
+def layer_report(evidence: Evidence) -> LayerReport:
+    """Diagnoses one layer and puts the verdict beside what was known of it."""
+    return LayerReport(
+        path=evidence.path,
+        updates=evidence.updates,
+        momentum=evidence.momentum,
+        **vars(diagnose(evidence)),
+    )
+
+
+_COLUMNS: dict[str, Callable[[LayerReport], str]] = {
+    "layer": lambda layer: layer.path,
+    "cause": lambda layer: layer.cause,
+    "lag": lambda layer: _number(layer.lag),
+    "mean shift": lambda layer: _number(layer.mean_shift),
+    "scale ratio": lambda layer: _number(layer.scale_ratio),
+    "noise": lambda layer: _number(layer.noise),
+    "start weight": lambda layer: _number(layer.start_weight),
+    "momentum": lambda layer: _number(layer.momentum),
+}
+
+
+@dataclass(frozen=True)
+class BatchNormReport:
+    """The state of all BN layers of a model. `str(report)` is a table.
+
+    Args:
+        layers: A `LayerReport` for each layer, in model order.
+        loss_batch: Loss with batch statistics, everything else in inference mode.
+        loss_inference: Loss in inference mode, on the same examples.
+    """
+
+    layers: tuple[LayerReport, ...] = ()
+    loss_batch: float | None = None
+    loss_inference: float | None = None
+
+    @property
+    def loss_gap(self) -> float | None:
+        """`loss_inference / loss_batch`; well above 1 means BN is wrong."""
+        if self.loss_batch is None or self.loss_inference is None:
+            return None
+        if self.loss_batch <= 0:
+            return None
+        return self.loss_inference / self.loss_batch
+
+    @property
+    def worst(self) -> LayerReport | None:
+        """The layer with the largest lag; None without layers."""
+        return max(self.layers, key=_lag, default=None)
+
+    @property
+    def max_lag(self) -> float:
+        """The largest lag; 0.0 without layers."""
+        return max((layer.lag for layer in self.layers if layer.lag is not None), default=0.0)
+
+    @property
+    def lagging(self) -> tuple[LayerReport, ...]:
+        """The layers whose cause is not `healthy`, worst first."""
+        sick = [layer for layer in self.layers if layer.cause != HEALTHY]
+        return tuple(sorted(sick, key=_lag, reverse=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python values, ready for `json.dumps`.
+
+        JSON has no infinity: a number that is not finite is given as a string.
+        """
+        values = {
+            **dataclasses.asdict(self),
+            "loss_gap": self.loss_gap,
+            "max_lag": self.max_lag,
+            "worst": self.worst.path if self.worst else None,
+            "lagging": [layer.path for layer in self.lagging],
+        }
+        plain: dict[str, Any] = _plain(values)
+        return plain
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "No BatchNormalization layers."
+        lines = [_table([list(_COLUMNS), *self._rows()]), *self._notes()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: Sequence[str]) -> str:
+            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inner}</tr>"
+
+        body = "".join(row("td", cells) for cells in self._rows())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return f"<table>{row('th', list(_COLUMNS))}{body}</table>{notes}"
+
+    def _rows(self) -> list[list[str]]:
+        return [[cell(layer) for cell in _COLUMNS.values()] for layer in self.layers]
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.loss_gap is not None:
+            notes.append(
+                f"loss: {self.loss_inference:.4g} in inference mode, "
+                f"{self.loss_batch:.4g} with batch statistics "
+                f"(gap {self.loss_gap:.3g})"
+            )
+        seen = dict.fromkeys(layer.advice for layer in self.lagging if layer.advice)
+        return notes + list(seen)
+
+
+@dataclass(frozen=True)
+class RecalibrationReport:
+    """What a recalibration has measured and done.
+
+    Args:
+        before: The layers as they were, against the data.
+        residual: The largest lag of any layer that is left, measured in
+            inference mode over the data; `None` with `refine=0`, where no pass
+            checks the result.
+        samples: Samples read in one pass.
+        batches: Batches read in one pass.
+        passes: Passes over the data.
+        committed: Whether the new statistics were written into the model; not
+            where `validation_data` showed that the old ones were better.
+        loss_before: Loss on `validation_data` with the old statistics.
+        loss_after: Loss on `validation_data` with the new statistics.
+        unreached: Paths of layers that the data never reached; they keep what
+            they had.
+        skipped: Paths of layers left alone, since `fit` would not update them.
+    """
+
+    before: BatchNormReport
+    residual: float | None
+    samples: int
+    batches: int
+    passes: int
+    committed: bool
+    loss_before: float | None = None
+    loss_after: float | None = None
+    unreached: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+
+    def undo(self) -> None:
+        """Gives the layers the statistics back that they had before, bit for bit."""
+        self._undo()
+
+    def __str__(self) -> str:
+        count = len(self.before.layers) - len(self.unreached)
+        layers = f"{count} BatchNormalization layer{'s' * (count != 1)}"
+        done = "Recalibrated" if self.committed else "Kept the old statistics of"
+        text = (
+            f"{done} {layers} over {self.samples:,} samples "
+            f"({self.batches:,} batches, {self.passes} "
+            f"pass{'es' * (self.passes != 1)}): lag {self.before.max_lag:.3g} before"
+        )
+        if self.residual is not None:
+            text += f", {self.residual:.2g} after"
+        if self.loss_after is not None:
+            text += f"; validation loss {self.loss_before:.4g} -> {self.loss_after:.4g}"
+        for paths, reason in (
+            (self.unreached, "never reached by the data"),
+            (self.skipped, "not updated in training"),
+        ):
+            if paths:
+                text += f"; left alone, {reason}: {', '.join(paths)}"
+        return text + "."
+
+
+def _lag(layer: LayerReport) -> float:
+    if layer.lag is None:
+        return -1.0
+    return math.inf if math.isnan(layer.lag) else layer.lag
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        # Names to the left, figures to the right.
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

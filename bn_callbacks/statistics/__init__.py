@@ -1,0 +1,1 @@
+"""The mathematics of batch statistics, in float64 NumPy: no Keras, no TensorFlow."""

@@ -1,0 +1,116 @@
+"""How far the moving statistics lag behind the batches, in the layer's own units.
+
+A layer that trains on a batch puts out `z = (x − μ_b)/σ_b`; at inference the same
+input becomes `(x − μ_m)/σ_m`, where `b` is the batch, `m` the moving average and
+`σ = sqrt(max(variance, 0) + epsilon)`. The difference between the two,
+
+    (x − μ_m)/σ_m − z  =  (μ_b − μ_m)/σ_m  +  (σ_b/σ_m − 1)·z,
+
+is a shift plus a change of scale. As `z` has mean 0 and variance 1 (less than 1 where
+`epsilon` is felt), its mean square is the sum of the two squares. `lag` is its root.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_callbacks.statistics.moments import Statistics
+
+
+def lag(batch: Statistics, moving: Statistics, epsilon: float) -> float:
+    """RMS error that the moving statistics put on the layer's normalised output.
+
+    `sqrt(mean_c[((μ_b − μ_m)/σ_m)² + (σ_b/σ_m − 1)²])`, in standard deviations of
+    that output: 0 means that inference sees what training saw, 0.2 an error of a
+    fifth of a standard deviation in every activation.
+
+    Args:
+        batch: Statistics of the batches, for instance those of a window.
+        moving: Statistics that the layer uses at inference.
+        epsilon: The layer's `epsilon`.
+
+    Returns:
+        The lag; 0 without channels, `inf` if any statistic is not finite.
+
+    Example:
+        >>> batch = Statistics(np.array([3.0]), np.array([4.0]))
+        >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
+        >>> round(lag(batch, fresh, epsilon=0.0) ** 2, 6)  # 3² + (2 − 1)²
+        10.0
+    """
+    shift, ratio = _shift_and_ratio(batch, moving, epsilon)
+    with np.errstate(over="ignore"):
+        return math.sqrt(_mean(shift**2 + (ratio - 1.0) ** 2))
+
+
+def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
+    """The part of the lag that the means cause: `sqrt(mean_c[((μ_b − μ_m)/σ_m)²])`.
+
+    Args:
+        batch: Statistics of the batches.
+        moving: Statistics that the layer uses at inference.
+        epsilon: The layer's `epsilon`.
+
+    Returns:
+        RMS offset of the normalised output, in standard deviations; 0 without
+        channels, `inf` if any statistic is not finite.
+
+    Example:
+        >>> batch = Statistics(np.array([3.0, -3.0]), np.array([4.0, 4.0]))
+        >>> moving = Statistics(np.array([0.0, 0.0]), np.array([4.0, 4.0]))
+        >>> mean_shift(batch, moving, epsilon=0.0)
+        1.5
+    """
+    shift, _ = _shift_and_ratio(batch, moving, epsilon)
+    with np.errstate(over="ignore"):
+        return math.sqrt(_mean(shift**2))
+
+
+def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
+    """How much too wide the normalised output is at inference.
+
+    The geometric mean over the channels of `σ_b/σ_m`: above 1 where the moving
+    variance is too small for the batches, below 1 where it is too large.
+
+    Args:
+        batch: Statistics of the batches.
+        moving: Statistics that the layer uses at inference.
+        epsilon: The layer's `epsilon`.
+
+    Returns:
+        The ratio; 1 without channels, `inf` if any statistic is not finite.
+
+    Example:
+        >>> batch = Statistics(np.array([0.0]), np.array([9.0]))
+        >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
+        >>> round(scale_ratio(batch, fresh, epsilon=0.0), 6)
+        3.0
+    """
+    _, ratio = _shift_and_ratio(batch, moving, epsilon)
+    with np.errstate(divide="ignore"):
+        return float(np.exp(_mean(np.log(ratio))))
+
+
+def _shift_and_ratio(
+    batch: Statistics, moving: Statistics, epsilon: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`(μ_b − μ_m)/σ_m` and `σ_b/σ_m` of each channel; all `inf` if undefined."""
+    sigma_b, sigma_m = (
+        np.sqrt(np.maximum(variance, 0.0) + epsilon)
+        for variance in (batch.variance, moving.variance)
+    )
+    finite = all(np.isfinite(part).all() for part in (*batch, *moving))
+    # Asked of the input: an infinite σ_m would pass for a finite lag of 1.
+    if not (finite and sigma_m.all()):
+        infinite = np.full(sigma_m.shape, np.inf)
+        return infinite, infinite
+    with np.errstate(over="ignore"):
+        return (batch.mean - moving.mean) / sigma_m, sigma_b / sigma_m
+
+
+def _mean(channels: NDArray[np.float64]) -> float:
+    """Mean over the channels, 0 without any."""
+    return float(channels.sum()) / max(channels.size, 1)

@@ -1,0 +1,204 @@
+"""Count, mean and variance per channel, and how those of several parts combine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class Statistics(NamedTuple):
+    """Mean and biased variance per channel, as a BatchNormalization layer stores them.
+
+    Args:
+        mean: Mean of each channel, of shape `(channels,)`.
+        variance: Biased variance of each channel, of shape `(channels,)`.
+    """
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Weight, mean and squared deviations of the values of each channel.
+
+    Deviations are taken from the mean, never as `E[x²] − E[x]²`, which loses every
+    digit of the variance as soon as the mean is large beside the standard deviation.
+    Moments of parts merge into the moments of the whole, so that a result does not
+    depend on how the data was split.
+
+    Args:
+        count: Number of values in each channel, or the sum of their weights.
+        mean: Weighted mean of each channel; `nan` if nothing was counted.
+        m2: Weighted sum of the squared deviations from `mean` in each channel.
+
+    Example:
+        >>> part = Moments.from_values([[1.0, 10.0], [3.0, 10.0]])
+        >>> part.count, part.mean.tolist(), part.m2.tolist()
+        (2.0, [2.0, 10.0], [2.0, 0.0])
+    """
+
+    count: float
+    mean: NDArray[np.float64]
+    m2: NDArray[np.float64]
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        """Biased variance of each channel, `m2 / count`; `nan` for empty moments."""
+        with np.errstate(invalid="ignore"):
+            return self.m2 / self.count
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and biased variance: what a layer stores."""
+        return Statistics(self.mean, self.variance)
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """Moments of no values: neutral in a merge, and with undefined statistics.
+
+        Args:
+            channels: Number of channels.
+
+        Returns:
+            Moments with count 0, whose mean and variance are `nan`.
+        """
+        return cls(0.0, np.full(channels, np.nan), np.zeros(channels))
+
+    @classmethod
+    def from_values(
+        cls, values: ArrayLike, axis: int = -1, weights: ArrayLike | None = None
+    ) -> Moments:
+        """Moments of an array, in two passes: the mean first, then the deviations.
+
+        Args:
+            values: Array with a channel axis; all other axes are reduced.
+            axis: The channel axis.
+            weights: Mask or weights of the elements, broadcastable to the shape of
+                `values` without its channel axis. Elements of weight 0 do not count,
+                whatever they hold, `nan` included.
+
+        Returns:
+            The moments, empty if the weights sum to 0. Not finite where a value that
+            counts is not.
+
+        Raises:
+            ValueError: If a weight is negative or not finite.
+
+        Example:
+            >>> values = [[[1.0], [3.0], [99.0]]]
+            >>> masked = Moments.from_values(values, weights=[[True, True, False]])
+            >>> masked.count, masked.mean.tolist(), masked.variance.tolist()
+            (2.0, [2.0], [1.0])
+        """
+        x = np.moveaxis(np.asarray(values, np.float64), axis, -1)
+        w = np.asarray(1.0 if weights is None else weights, np.float64)
+        if not np.all((w >= 0) & (w < np.inf)):
+            raise ValueError(
+                "Elements cannot be counted with a negative or non-finite weight. "
+                f"Received: weights from {w.min()} to {w.max()}. "
+                "Pass a mask, or weights of 0 and above."
+            )
+        w = np.broadcast_to(w, x.shape[:-1]).reshape(-1)
+        x = x.reshape(w.size, x.shape[-1])
+        # Selected, not multiplied by 0: padding may hold nan, and 0 · nan is nan.
+        x, w = x[w > 0], w[w > 0]
+        count = float(w.sum())
+        if not count:
+            return cls.empty(x.shape[-1])
+        with np.errstate(all="ignore"):
+            mean = w @ x / count
+            deviation = x - mean
+            # The first mean is rounded; as a shift, that costs nothing.
+            return cls.from_sums(count, mean, w @ deviation, w @ deviation**2)
+
+    @classmethod
+    def from_sums(
+        cls, count: float, shift: ArrayLike, sum1: ArrayLike, sum2: ArrayLike
+    ) -> Moments:
+        """Moments from sums of the values less a shift, for instance a pilot mean.
+
+        `mean = shift + sum1 / count` and `m2 = sum2 − sum1² / count` hold for any
+        shift; one within a few standard deviations of the mean keeps all digits.
+
+        Args:
+            count: Sum of the weights, `Σ w`.
+            shift: What was subtracted from the values of each channel.
+            sum1: `Σ w·(x − shift)` of each channel.
+            sum2: `Σ w·(x − shift)²` of each channel.
+
+        Returns:
+            The moments, empty if `count` is 0.
+
+        Example:
+            >>> moments = Moments.from_sums(2, shift=[5.0], sum1=[2.0], sum2=[4.0])
+            >>> moments.mean.tolist(), moments.variance.tolist()
+            ([6.0], [1.0])
+        """
+        first = np.asarray(sum1, np.float64)
+        if not count:
+            return cls.empty(first.size)
+        with np.errstate(all="ignore"):
+            mean = np.asarray(shift, np.float64) + first / count
+            m2 = np.asarray(sum2, np.float64) - first * (first / count)
+        return cls(float(count), mean, np.maximum(m2, 0.0))
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both parts together (Chan, Golub and LeVeque, 1979).
+
+        With `δ = mean_b − mean_a` and `n = n_a + n_b`: `mean = mean_a + δ·n_b/n` and
+        `m2 = m2_a + m2_b + δ²·n_a·n_b/n`.
+
+        Args:
+            other: Moments of values that are not in this part.
+
+        Returns:
+            The moments of the union. A part that counted nothing changes nothing.
+
+        Example:
+            >>> whole = Moments.from_values([[1.0]]).merge(Moments.from_values([[3.0]]))
+            >>> whole.count, whole.mean.tolist(), whole.variance.tolist()
+            (2.0, [2.0], [1.0])
+        """
+        if not other.count:
+            return self
+        if not self.count:
+            return other
+        count = self.count + other.count
+        share = other.count / count
+        with np.errstate(all="ignore"):
+            delta = other.mean - self.mean
+            mean = self.mean + delta * share
+            m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
+        return Moments(count, mean, m2)
+
+
+def pool(moments: Iterable[Moments]) -> Moments:
+    """Moments of all parts together: batches, replicas, calls of a shared layer.
+
+    Args:
+        moments: At least one part; empty parts do not matter.
+
+    Returns:
+        The moments of the union of the parts.
+
+    Raises:
+        ValueError: If there is no part at all.
+
+    Example:
+        >>> parts = [[[0.0]], [[1.0], [2.0]], [[3.0]]]
+        >>> pool(Moments.from_values(part) for part in parts).mean.tolist()
+        [1.5]
+    """
+    parts = list(moments)
+    if not parts:
+        raise ValueError(
+            "There is nothing to pool. Received: moments=[]. "
+            "Pass the moments of at least one batch."
+        )
+    return reduce(Moments.merge, parts)

@@ -1,0 +1,256 @@
+"""Moments of parts are the moments of the whole, however it is split."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bn_callbacks.statistics.moments import Moments, Statistics, pool
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+quick = settings(deadline=None, max_examples=60)
+seeds = st.integers(0, 2**32 - 1)
+locations = st.sampled_from([0.0, 1.0, -1e4, 1e6])
+
+
+def sample(seed, size=60, channels=3, location=0.0):
+    rng = np.random.default_rng(seed)
+    return location + rng.normal(size=(size, channels)) * [0.1, 1.0, 10.0][:channels]
+
+
+def assert_same(actual, expected, *, scale=1.0):
+    """Equal but for rounding at the size of the values."""
+    assert actual.count == pytest.approx(expected.count, rel=1e-12)
+    np.testing.assert_allclose(
+        actual.mean, expected.mean, rtol=1e-13, atol=1e-14 * scale
+    )
+    np.testing.assert_allclose(
+        actual.variance, expected.variance, rtol=1e-9, atol=1e-18 * scale**2
+    )
+
+
+@quick
+@given(seed=seeds, location=locations)
+def test_from_values_gives_mean_and_biased_variance(seed, location):
+    x = sample(seed, location=location)
+    moments = Moments.from_values(x)
+    assert moments.count == 60
+    assert moments.mean.dtype == moments.m2.dtype == np.float64
+    np.testing.assert_allclose(moments.mean, x.mean(axis=0), rtol=1e-13, atol=1e-14)
+    np.testing.assert_allclose(moments.variance, x.var(axis=0, ddof=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.m2, moments.variance * 60, rtol=1e-13)
+
+
+def test_statistics_are_mean_and_variance():
+    moments = Moments.from_values([[1.0], [5.0]])
+    assert isinstance(moments.statistics, Statistics)
+    assert moments.statistics.mean.tolist() == [3.0]
+    assert moments.statistics.variance.tolist() == [4.0]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -3])
+def test_axis_selects_the_channels(axis):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    others = tuple(i for i in range(4) if i != axis % 4)
+    moments = Moments.from_values(x, axis=axis)
+    assert moments.count == x.size / x.shape[axis]
+    np.testing.assert_allclose(moments.mean, x.mean(axis=others), atol=1e-15)
+    np.testing.assert_allclose(moments.variance, x.var(axis=others), rtol=1e-13)
+
+
+@pytest.mark.parametrize("location", [1e4, 1e6])
+def test_large_mean_costs_no_digit_of_the_variance(location):
+    # Sixteenths: exact in float32 even at 1e6, so the variance is known exactly.
+    offsets = np.random.default_rng(1).integers(-40, 41, size=(5000, 1)) / 16
+    x = (location + offsets).astype(np.float32)
+    parts = np.array_split(x, 7)
+    for moments in (Moments.from_values(x), pool(map(Moments.from_values, parts))):
+        np.testing.assert_allclose(moments.variance, offsets.var(axis=0), rtol=1e-10)
+    naive = np.mean(x * x) - np.mean(x) ** 2
+    assert abs(naive / offsets.var() - 1) > 0.01
+
+
+@quick
+@given(seed=seeds, location=locations)
+def test_integer_weights_repeat_the_elements(seed, location):
+    x = sample(seed, location=location)
+    weights = np.random.default_rng(seed).integers(0, 4, size=60)
+    repeated = Moments.from_values(np.repeat(x, weights, axis=0))
+    weighted = Moments.from_values(x, weights=weights)
+    assert_same(weighted, repeated, scale=10 + abs(location))
+
+
+def test_fractional_weights_give_the_weighted_variance():
+    x, w = sample(2), np.random.default_rng(2).uniform(0, 2, 60)
+    moments = Moments.from_values(x, weights=w)
+    mean = np.average(x, axis=0, weights=w)
+    assert moments.count == pytest.approx(w.sum())
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(
+        moments.variance, np.average((x - mean) ** 2, axis=0, weights=w), rtol=1e-12
+    )
+
+
+def test_masked_elements_do_not_count_whatever_they_hold():
+    x = sample(3).reshape(6, 10, 3)
+    mask = np.random.default_rng(3).random((6, 10)) < 0.7
+    kept = Moments.from_values(x[mask])
+    assert_same(Moments.from_values(x, weights=mask), kept)
+    x[~mask] = [np.nan, np.inf, -1e300]
+    assert_same(Moments.from_values(x, weights=mask), kept)
+    first = np.moveaxis(x, -1, 0)
+    assert_same(Moments.from_values(first, axis=0, weights=mask), kept)
+
+
+def test_weights_broadcast_over_the_elements():
+    x = sample(4).reshape(6, 10, 3)
+    per_example = np.array([1, 0, 1, 1, 0, 1])[:, None]
+    assert_same(
+        Moments.from_values(x, weights=per_example),
+        Moments.from_values(x[[0, 2, 3, 5]]),
+    )
+    halved = Moments.from_values(x, weights=0.5)
+    assert halved.count == 30
+    np.testing.assert_allclose(halved.variance, Moments.from_values(x).variance)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        Moments.empty(3),
+        Moments.from_values(np.ones((4, 3)), weights=np.zeros(4)),
+        Moments.from_values(np.ones((0, 3))),
+        Moments.from_sums(0, shift=np.zeros(3), sum1=np.zeros(3), sum2=np.zeros(3)),
+    ],
+    ids=["empty", "masked", "no values", "no sums"],
+)
+def test_without_weight_the_statistics_are_undefined(moments):
+    assert moments.count == 0
+    assert moments.m2.tolist() == [0.0, 0.0, 0.0]
+    assert np.isnan(moments.statistics).all()
+    assert np.shape(moments.statistics) == (2, 3)
+
+
+def test_zero_channels_are_allowed():
+    assert Moments.from_values(np.ones((4, 0))).statistics.mean.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_values_that_count_show_in_their_channel_alone(bad):
+    x = sample(5)
+    clean = Moments.from_values(x)
+    x[7, 1] = bad
+    poisoned = Moments.from_values(x)
+    assert np.isfinite(poisoned.variance).tolist() == [True, False, True]
+    assert np.isfinite(poisoned.merge(clean).variance).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("weights", "received"),
+    [([1.0, -1.0], "-1.0 to 1.0"), ([1.0, np.inf], "1.0 to inf")],
+)
+def test_negative_or_infinite_weights_are_refused(weights, received):
+    with pytest.raises(ValueError, match="Received: ") as error:
+        Moments.from_values([[1.0], [2.0]], weights=weights)
+    assert str(error.value) == (
+        "Elements cannot be counted with a negative or non-finite weight. "
+        f"Received: weights from {received}. "
+        "Pass a mask, or weights of 0 and above."
+    )
+
+
+def test_nan_weights_are_refused():
+    with pytest.raises(ValueError, match="Received: weights from nan to nan"):
+        Moments.from_values([[1.0], [2.0]], weights=[1.0, np.nan])
+
+
+@quick
+@given(seed=seeds, location=locations, offset=st.floats(-3, 3))
+def test_from_sums_does_not_depend_on_the_shift(seed, location, offset):
+    x = sample(seed, location=location)
+    w = np.random.default_rng(seed).uniform(0.1, 2, size=60)
+    shift = location + offset
+    sums = w @ (x - shift), w @ (x - shift) ** 2
+    np.testing.assert_allclose(
+        Moments.from_sums(w.sum(), shift, *sums).variance,
+        Moments.from_values(x, weights=w).variance,
+        rtol=1e-9,
+    )
+    np.testing.assert_allclose(
+        Moments.from_sums(w.sum(), shift, *sums).mean,
+        np.average(x, axis=0, weights=w),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_variance_never_becomes_negative_by_rounding():
+    x = np.full(10, 0.1)
+    sum1, sum2 = x.sum(), (x**2).sum()
+    candidates = [sum2, np.nextafter(sum1**2 / 10, 0)]
+    assert sum1 * (sum1 / 10) > candidates[1]
+    for total in candidates:
+        assert Moments.from_sums(10, [0.0], [sum1], [total]).m2[0] >= 0
+
+
+@quick
+@given(
+    seed=seeds,
+    location=locations,
+    cuts=st.lists(st.integers(0, 60), max_size=12).map(sorted),
+)
+def test_pooling_does_not_depend_on_the_split(seed, location, cuts):
+    x = sample(seed, location=location)
+    parts = [Moments.from_values(part) for part in np.split(x, cuts)]
+    assert_same(pool(parts), Moments.from_values(x), scale=10 + abs(location))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 16, 32, 60])
+def test_pooling_counts_the_short_last_batch_by_its_size(size):
+    x = sample(6, location=1e4)
+    batches = (x[start : start + size] for start in range(0, 60, size))
+    moments = pool(map(Moments.from_values, batches))
+    assert moments.count == 60
+    np.testing.assert_allclose(moments.variance, x.var(axis=0), rtol=1e-9)
+
+
+@quick
+@given(seed=seeds, location=locations, sizes=st.tuples(*[st.integers(0, 30)] * 3))
+def test_merge_is_associative_and_commutative(seed, location, sizes):
+    scale = 10 + abs(location)
+    parts = np.split(sample(seed, size=90, location=location), np.cumsum(sizes))[:3]
+    # Far apart, so that the distance of the means is most of the variance.
+    a, b, c = (
+        Moments.from_values(part + 100 * number) for number, part in enumerate(parts)
+    )
+    assert_same(a.merge(b), b.merge(a), scale=scale)
+    assert_same(a.merge(b).merge(c), a.merge(b.merge(c)), scale=scale)
+
+
+@pytest.mark.parametrize("mean", [np.nan, np.inf, 7.0])
+def test_merging_an_empty_part_changes_nothing(mean):
+    part = Moments.from_values(sample(7))
+    empty = Moments(0.0, np.full(3, mean), np.zeros(3))
+    assert part.merge(empty) is part
+    assert empty.merge(part) is part
+    assert empty.merge(Moments.empty(3)).count == 0
+
+
+def test_pool_of_one_part_is_that_part():
+    part = Moments.from_values(sample(8))
+    assert pool(iter([part])) is part
+
+
+def test_pool_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="Received: ") as error:
+        pool(iter(()))
+    assert str(error.value) == (
+        "There is nothing to pool. Received: moments=[]. "
+        "Pass the moments of at least one batch."
+    )
+
+
+def test_moments_are_immutable():
+    with pytest.raises(AttributeError):
+        Moments.empty(1).count = 1.0
