@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 import numpy as np
@@ -100,6 +100,8 @@ class BatchNormLayer:
         mean, variance = statistics
         values = [mean, variance]
         if self.renorm:
+            # With renormalisation the next step would rewrite the variance from
+            # `moving_stddev`, and correct batches towards the `renorm_*` averages.
             stddev = np.sqrt(variance + self.epsilon)
             values += [stddev, mean, stddev]
         # A value outside a float16's range becomes inf, and is refused later.
@@ -129,6 +131,35 @@ def check_model(model: Any) -> None:
         raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
 
 
+def is_built(model: keras.Model) -> bool:
+    """Whether all BN layers of the model have their statistics."""
+    return bool(model.built) and all(
+        layer.moving_mean is not None for layer in _batch_norms(model)
+    )
+
+
+def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+# Models whose statistics are corrected at the end of the `fit` that is running.
+_corrected: WeakSet[keras.Model] = WeakSet()
+
+
+def set_corrected(model: keras.Model, is_corrected: bool) -> None:
+    """Notes that a callback corrects the statistics when `fit` ends."""
+    (_corrected.add if is_corrected else _corrected.discard)(model)
+
+
+def is_corrected(model: keras.Model) -> bool:
+    """Whether a callback corrects the statistics when `fit` ends."""
+    return model in _corrected
+
+
 def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLayer]:
     """Finds the BN layers of a model, nested ones included, in model order.
 
@@ -143,11 +174,7 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
     Raises:
         ValueError: The model is not built, or `layers` selects nothing.
     """
-    found = [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization)
-    ]
+    found = _batch_norms(model)
     unbuilt = [layer.name for layer in found if layer.moving_mean is None]
     if unbuilt or not model.built:
         raise ValueError(
@@ -449,13 +476,10 @@ class Reader:
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = list(layers)
         variables = [variable for bn in layers for variable in bn.averages]
-        tensors = [tf.convert_to_tensor(variable.value) for variable in variables]
-        sizes = [int(tensor.shape[0]) for tensor in tensors]
-        self._ends = np.cumsum([0, *sizes])
-        self._variables = variables
+        self._ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         counter = _raw_iterations(model)
 
-        @tf.function
+        @tf.function(autograph=False)
         def read_all() -> Any:
             flat = [tf.cast(variable.value, tf.float64) for variable in variables]
             step = -1 if counter is None else counter.value
@@ -468,18 +492,17 @@ class Reader:
         flat = self._read_all().numpy()
         return (int(flat[0]) if flat[0] >= 0 else None), flat[1:]
 
-    def split(self, flat: NDArray[np.float64]) -> list[Statistics]:
-        """The statistics of every layer in a flat reading."""
-        ends = self._ends
-        return [
-            bn.statistics(flat[ends[2 * i] : ends[2 * i + 2]].reshape(2, -1))
-            for i, bn in enumerate(self.layers)
-        ]
+    def averages(self, flat: NDArray[np.float64], index: int) -> NDArray[np.float64]:
+        """One layer's two averages in a flat reading, shape `(2, channels)`."""
+        return flat[self._ends[index] : self._ends[index + 1]].reshape(2, -1)
 
-    def spread(self, per_layer: Sequence[float]) -> NDArray[np.float64]:
-        """Repeats a number a layer over that layer's part of a flat reading."""
-        sizes = self._ends[2::2] - self._ends[:-2:2]
-        return np.repeat(np.asarray(per_layer, np.float64), sizes)
+    def all_per_layer(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """For each layer, whether all of its entries are true."""
+        return np.logical_and.reduceat(flat, self._ends[:-1])
+
+    def spread(self, per_layer: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Repeats one value a layer over that layer's entries."""
+        return np.repeat(per_layer, np.diff(self._ends))
 
 
 def _raw_iterations(model: keras.Model) -> Any:

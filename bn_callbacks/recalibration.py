@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -103,62 +104,10 @@ def recalibrate(
     >>> model.layers[0].moving_mean.numpy().tolist()
     [0.0, 0.0, 0.0, 0.0]
     """
-    if refine != "auto" and (int(refine) != refine or refine < 0):
-        raise ValueError(
-            "`refine` must be 'auto' or a number of further passes, 0 or more. "
-            f"Received: refine={refine!r}."
-        )
-    if tolerance is not None:
-        raise NotImplementedError
-    check_model(model)
-    show = 1 if verbose == "auto" else int(verbose)
-    batches = Batches(
-        x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+    plan = Recalibration(
+        model, x, batch_size, steps, tolerance, refine, dropout, layers, validation_data
     )
-    targets, skipped = _targets(model, layers, batches)
-    population = Population(model, targets, dropout=dropout)
-
-    first = population.measure(batches, target=batches.length, verbose=show)
-    reached = [moments.count > 0 for moments in first.moments]
-    if not any(reached):
-        raise ValueError(
-            "The data reach no BatchNormalization layer. Received: "
-            f"{first.batches} batches with nothing in them that counts. Pass data "
-            "that are not empty or masked throughout."
-        )
-    old = read(targets)
-    before = _report(targets, old, _statistics(first, old), model)
-    new, residual, passes = _refine(population, batches, first, old, refine, show)
-
-    loss_before = loss_after = None
-    if validation_data is not None:
-        loss_before, loss_after = _losses(
-            model, targets, validation_data, batch_size, old, new
-        )
-    # `not >` so that a loss that was NaN before counts as worse.
-    committed = loss_before is None or not loss_after > loss_before
-    saved = snapshot(targets)
-    if committed:
-        written = [i for i, is_reached in enumerate(reached) if is_reached]
-        assign([targets[i] for i in written], [new[i] for i in written])
-    report = RecalibrationReport(
-        before=before,
-        residual=residual,
-        samples=first.samples,
-        batches=first.batches,
-        passes=passes,
-        committed=committed,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        unreached=tuple(
-            bn.path for bn, ok in zip(targets, reached, strict=True) if not ok
-        ),
-        skipped=tuple(bn.path for bn in skipped),
-        _undo=lambda: restore(saved),
-    )
-    if show:
-        print(report)
-    return report
+    return plan.run(verbose)
 
 
 @contextlib.contextmanager
@@ -260,6 +209,144 @@ def audit(
     return _report(
         found, stored, [seen.get(bn) for bn in found], model, loss_batch, loss_inference
     )
+
+
+class Recalibration:
+    """A recalibration that is set up once and may run often.
+
+    Args:
+        model: As `recalibrate` takes it, and all the others too.
+        x: Training data.
+        batch_size: Samples per batch of arrays.
+        steps: Number of batches to use.
+        tolerance: Standard error at which the first pass may stop.
+        refine: Further passes.
+        dropout: Whether dropout is active.
+        layers: Which layers.
+        validation_data: Data to hold the result against.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        x: Any,
+        batch_size: int | None,
+        steps: int | None,
+        tolerance: float | None,
+        refine: int | Literal["auto"],
+        dropout: bool,
+        layers: LayerSelection,
+        validation_data: Any,
+    ) -> None:
+        check_refine(refine)
+        check_model(model)
+        inputs = count_inputs(model)
+        self._model = model
+        self._refine = refine
+        self._batches = Batches(x, batch_size=batch_size, steps=steps, inputs=inputs)
+        self._targets, self._skipped = _targets(model, layers, self._batches)
+        self._population = Population(model, self._targets, dropout=dropout)
+        self._validation: Probe | None = None
+        if validation_data is not None:
+            self._validation = Probe(model, validation_data, self._targets)
+
+    def run(self, verbose: int | Literal["auto"]) -> RecalibrationReport:
+        """Measures, decides and writes, as `recalibrate` describes it."""
+        show = 1 if verbose == "auto" else int(verbose)
+        targets = self._targets
+        first = self._population.measure(
+            self._batches, target=self._batches.length, verbose=show
+        )
+        reached = [moments.count > 0 for moments in first.moments]
+        if not any(reached):
+            raise ValueError(
+                "The data reach no BatchNormalization layer. Received: "
+                f"{first.batches} batches with nothing in them that counts. Pass data "
+                "that are not empty or masked throughout."
+            )
+        old = read(targets)
+        before = _report(targets, old, _statistics(first, old), self._model)
+        new, residual, passes = _refine(
+            self._population, self._batches, first, old, self._refine, show
+        )
+        loss_before = loss_after = None
+        if self._validation is not None:
+            loss_before = self._validation.inference_loss(old)
+            loss_after = self._validation.inference_loss(new)
+        # `not >`, so that a loss that was NaN before does not count as better.
+        committed = loss_after is None or not loss_after > loss_before
+        saved = snapshot(targets)
+        if committed:
+            written = [i for i, is_reached in enumerate(reached) if is_reached]
+            assign([targets[i] for i in written], [new[i] for i in written])
+        unreached = itertools.compress(targets, map(operator.not_, reached))
+        report = RecalibrationReport(
+            before=before,
+            residual=residual,
+            samples=first.samples,
+            batches=first.batches,
+            passes=passes,
+            committed=committed,
+            loss_before=loss_before,
+            loss_after=loss_after,
+            unreached=tuple(bn.path for bn in unreached),
+            skipped=tuple(bn.path for bn in self._skipped),
+            _undo=lambda: restore(saved),
+        )
+        if show:
+            print(report)
+        return report
+
+
+class Probe:
+    """A model's loss on a sample of data, in both modes of its BN layers.
+
+    Args:
+        model: A compiled model.
+        data: Data with targets.
+        layers: BN layers that change between the modes; by default all that are
+            not frozen.
+
+    Raises:
+        ValueError: The data have no targets, or the model has no loss.
+    """
+
+    def __init__(
+        self, model: keras.Model, data: Any, layers: list[BatchNormLayer] | None = None
+    ) -> None:
+        self._batches = Batches(data, inputs=count_inputs(model))
+        has_targets = next(iter(self._batches))[1] is not None
+        if not (model.compiled and has_targets):
+            raise ValueError(
+                "Measuring a loss needs data with targets and a compiled model. "
+                f"Received: compiled={bool(model.compiled)}, targets={has_targets}. "
+                "Pass (x, y), and compile the model with a loss."
+            )
+        if layers is None:
+            layers = [bn for bn in find(model) if bn.trainable]
+        self._layers = layers
+        self._population = Population(model, layers, loss=True)
+
+    def measure(self) -> tuple[float | None, float | None]:
+        """The loss with batch statistics, and the loss in inference mode."""
+        batch = self._population.measure(self._batches).loss
+        return batch, self.inference_loss(read(self._layers))
+
+    def inference_loss(self, statistics: list[Statistics]) -> float | None:
+        """The loss if the layers stored these statistics."""
+        if not _is_finite(statistics):
+            return math.nan
+        return self._population.measure(self._batches, statistics).loss
+
+
+def check_refine(refine: Any) -> None:
+    """Raises a ValueError for anything but "auto" and a number of passes."""
+    is_number = isinstance(refine, int) and not isinstance(refine, bool)
+    if refine != "auto" and not (is_number and refine >= 0):
+        raise ValueError(
+            "`refine` must be 'auto' or a number of further passes, 0 or more. "
+            f"Received: refine={refine!r}."
+        )
 
 
 def _targets(
@@ -370,31 +457,6 @@ def _statistics(
     ]
 
 
-def _losses(
-    model: keras.Model,
-    targets: list[BatchNormLayer],
-    data: Any,
-    batch_size: int | None,
-    old: list[Statistics],
-    new: list[Statistics],
-) -> tuple[float, float]:
-    """The model's loss in inference mode with the old and the new statistics."""
-    size = None if hasattr(data, "element_spec") else batch_size
-    batches = Batches(data, batch_size=size, inputs=count_inputs(model))
-    if not model.compiled or next(iter(batches))[1] is None:
-        raise ValueError(
-            "`validation_data` needs targets and a compiled model. Received: "
-            f"compiled={bool(model.compiled)}, targets="
-            f"{next(iter(batches))[1] is not None}. Pass (x, y), and compile the "
-            "model with a loss."
-        )
-    population = Population(model, targets, loss=True)
-    before = math.nan
-    if _is_finite(old):
-        before = population.measure(batches, old).loss or 0.0
-    return before, population.measure(batches, new).loss or 0.0
-
-
 def _is_finite(statistics: Sequence[Statistics]) -> bool:
     return all(np.isfinite(part).all() for pair in statistics for part in pair)
 
@@ -412,6 +474,7 @@ def _report(
     reports = []
     for bn, moving, batch in zip(layers, stored, seen, strict=True):
         start = bn.initial
+        is_initial = all(map(np.array_equal, moving, start))
         evidence = Evidence(
             path=bn.path,
             momentum=bn.momentum,
@@ -421,7 +484,8 @@ def _report(
             trainable=bn.trainable,
             updates=steps * bn.calls if steps else None,
             start=start,
-            is_still=bool(steps) and all(map(np.array_equal, moving, start)),
+            is_still=bool(steps) and is_initial,
+            is_initial=is_initial,
             loss_gap=report.loss_gap,
         )
         reports.append(layer_report(evidence))

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "bn_callbacks"
 FLOORS = (
     {"statistics"},
     {"data", "layers", "report"},
-    {"population"},
+    {"population", "windows"},
     {"recalibration", "tensorboard"},
     {"callbacks"},
     {"demo"},

@@ -51,6 +51,8 @@ class Evidence:
         epsilon: The layer's epsilon.
         moving: The statistics the layer stores.
         batch: Batch statistics to hold them against.
+        past: What the layer stored before `batch` was seen, given where `moving` is
+            made of the same batches in the main, and so no witness.
         trainable: Whether training is to update the statistics.
         updates: Number of updates watched.
         total_updates: Number of updates that training will have made at its end.
@@ -59,6 +61,7 @@ class Evidence:
             updates each, oldest first.
         window_updates: Length of a window.
         is_still: Whether the statistics were watched and never changed.
+        is_initial: Whether they began as the values a new layer has.
         loss_gap: Loss in inference mode over loss with batch statistics.
         threshold: Lag above which something is said.
     """
@@ -68,6 +71,7 @@ class Evidence:
     epsilon: float
     moving: Statistics
     batch: Statistics | None = None
+    past: Statistics | None = None
     trainable: bool = True
     updates: int | None = None
     total_updates: int | None = None
@@ -75,6 +79,7 @@ class Evidence:
     windows: Sequence[Statistics] = ()
     window_updates: int | None = None
     is_still: bool = False
+    is_initial: bool = True
     loss_gap: float | None = None
     threshold: float = DEFAULT_THRESHOLD
 
@@ -181,13 +186,13 @@ def _figures(seen: Evidence) -> _Figures:
     if seen.batch is None:
         return _Figures(noise=noise, start_weight=weight)
     debiased_lag = None
-    if seen.start is not None and weight is not None and weight < 1:
+    if seen.start is not None and weight is not None and weight < 1 and not seen.past:
         debiased = Statistics(
             debias(seen.moving.mean, seen.start.mean, weight),
             debias(seen.moving.variance, seen.start.variance, weight),
         )
         debiased_lag = lag(seen.batch, debiased, seen.epsilon)
-    pair = (seen.batch, seen.moving, seen.epsilon)
+    pair = (seen.batch, seen.past or seen.moving, seen.epsilon)
     return _Figures(
         lag(*pair), mean_shift(*pair), scale_ratio(*pair),
         noise, floor, weight, debiased_lag, s2,
@@ -201,8 +206,12 @@ def _cause(seen: Evidence, figures: _Figures) -> str:
     if not seen.trainable:
         return HEALTHY
     if seen.is_still:
-        used_batches = seen.loss_gap is not None and seen.loss_gap >= GAP_LIMIT
-        return NOT_UPDATING if seen.momentum == 1 or used_batches else INFERENCE_MODE
+        if seen.loss_gap is not None and seen.loss_gap >= GAP_LIMIT:
+            return NOT_UPDATING
+        if not seen.is_initial:
+            # Pinned to statistics from elsewhere, as in transfer learning.
+            return HEALTHY
+        return NOT_UPDATING if seen.momentum == 1 else INFERENCE_MODE
     if seen.loss_gap is not None and seen.loss_gap < GAP_LIMIT:
         return HEALTHY
     noise = figures.noise or 0.0

@@ -1,0 +1,152 @@
+"""`RecalibrateBatchNorm`: recalibrates in `fit`."""
+
+from typing import Any, Literal
+
+import keras
+
+from bn_callbacks.data import Batches
+from bn_callbacks.layers import (
+    LayerSelection,
+    Snapshot,
+    check_model,
+    count_inputs,
+    find,
+    restore,
+    set_corrected,
+    snapshot,
+)
+from bn_callbacks.recalibration import Recalibration, check_refine
+from bn_callbacks.report import RecalibrationReport
+
+
+class RecalibrateBatchNorm(keras.callbacks.Callback):
+    """Recalibrates a model's BN statistics in `fit`, for export or validation.
+
+    See `recalibrate` for what is done. Unfrozen BN layers train on the statistics of
+    batches, so that training itself is not disturbed.
+
+    List it after callbacks that exchange weights, such as
+    `EarlyStopping(restore_best_weights=True)` and `SwapEMAWeights`: what they put
+    back at the end of training would overwrite the new statistics.
+
+    Args:
+        x: Training data as `fit` takes them.
+        batch_size: Samples per batch of arrays; 32 by default.
+        steps: Number of batches to use; all by default.
+        tolerance: As in `recalibrate`.
+        refine: As in `recalibrate`.
+        dropout: As in `recalibrate`.
+        layers: As in `recalibrate`.
+        validation_data: As in `recalibrate`.
+        when: `"train_end"`: once, when training ends, after optimizers have put
+            averaged weights in. `"validation"`: for each validation too; after it
+            the moving averages are put back and go on undisturbed. `"epoch_end"`: at
+            each epoch's end, after validation, so that checkpoints hold the new
+            statistics.
+        verbose: 1 shows progress and results.
+
+    Attributes:
+        report: The last `RecalibrationReport`; None before the first.
+
+    Raises:
+        ValueError: An argument is none of those above, or as `recalibrate`.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)), keras.layers.BatchNormalization(),
+    ...     keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+    >>> callback = RecalibrateBatchNorm(x)
+    >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
+    >>> callback.report.committed
+    True
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        tolerance: float | None = None,
+        refine: int | Literal["auto"] = "auto",
+        dropout: bool = False,
+        layers: LayerSelection = None,
+        validation_data: Any = None,
+        when: Literal["train_end", "validation", "epoch_end"] = "train_end",
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        if when not in ("train_end", "validation", "epoch_end"):
+            raise ValueError(
+                "`when` must be 'train_end', 'validation' or 'epoch_end'. Received: "
+                f"when={when!r}."
+            )
+        check_refine(refine)
+        self.x = x
+        self.batch_size = batch_size
+        self.steps = steps
+        self.tolerance = tolerance
+        self.refine = refine
+        self.dropout = dropout
+        self.layers = layers
+        self.validation_data = validation_data
+        self.when = when
+        self.verbose = verbose
+        self.report: RecalibrationReport | None = None
+        self._is_fitting = False
+        self._batches: Batches | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        check_model(self.model)
+        self.report = None
+        self._is_fitting = True
+        self._recalibration: Recalibration | None = None
+        self._saved: Snapshot | None = None
+        set_corrected(self.model, True)
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self._is_fitting and self.when == "validation":
+            self._saved = snapshot(find(self.model))
+            self._recalibrate()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._saved is not None:
+            restore(self._saved)
+            self._saved = None
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self.when == "epoch_end":
+            self._recalibrate()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._is_fitting = False
+        set_corrected(self.model, False)
+        # Again at the end even for "epoch_end" if averaged weights have come in.
+        if self.when != "epoch_end" or uses_ema(self.model):
+            self._recalibrate()
+        self._recalibration = None
+
+    def _recalibrate(self) -> None:
+        if self._recalibration is None:
+            if self._batches is None:
+                # Kept, since a generator can be read only once.
+                self._batches = Batches(
+                    self.x,
+                    batch_size=self.batch_size,
+                    steps=self.steps,
+                    inputs=count_inputs(self.model),
+                )
+            self._recalibration = Recalibration(
+                self.model,
+                self._batches,
+                refine=self.refine,
+                dropout=self.dropout,
+                layers=self.layers,
+                validation_data=self.validation_data,
+            )
+        if self.verbose:
+            print("\nRecalibrating BatchNormalization")
+        self.report = self._recalibration.run(self.verbose)

@@ -1,0 +1,84 @@
+"""Which findings deserve a warning, when, and in which words."""
+
+from collections.abc import Sequence
+
+from bn_callbacks.report import BatchNormReport, LayerReport
+from bn_callbacks.statistics.diagnosis import (
+    DRIFTING,
+    INFERENCE_MODE,
+    NON_FINITE,
+    NOT_UPDATING,
+    WARMING_UP,
+)
+from bn_callbacks.statistics.moving_average import start_weight
+
+PATIENCE = 3.0
+"""Memories of the average, `1/(1 − momentum)` updates, for which drift must last
+before it is called more than the turbulence at the start of any training."""
+
+UNCURABLE = frozenset({INFERENCE_MODE})
+"""Causes that recalibration does not cure."""
+
+
+class Findings:
+    """Decides what to say in one `fit`, each finding once.
+
+    Args:
+        threshold: Lag above which something is said.
+        is_recalibrated: Whether the model is recalibrated at the end anyway.
+    """
+
+    def __init__(self, threshold: float, is_recalibrated: bool = False) -> None:
+        self._threshold = threshold
+        self._is_recalibrated = is_recalibrated
+        self._said: set[str] = set()
+        self._drifting_since: dict[str, int] = {}
+
+    def messages(self, report: BatchNormReport, steps_left: int | None) -> list[str]:
+        """Texts of new findings.
+
+        Args:
+            report: The latest report.
+            steps_left: Training steps still to come; None if unknown.
+        """
+        groups: dict[str, list[LayerReport]] = {}
+        for layer in report.lagging:
+            if self._is_due(layer, steps_left):
+                groups.setdefault(layer.cause, []).append(layer)
+        drifting = {layer.path for layer in report.lagging if layer.cause == DRIFTING}
+        for path in set(self._drifting_since) - drifting:
+            del self._drifting_since[path]
+        new = [cause for cause in groups if cause not in self._said]
+        self._said.update(new)
+        return [_message(groups[cause], len(report.layers)) for cause in new]
+
+    def _is_due(self, layer: LayerReport, steps_left: int | None) -> bool:
+        if self._is_recalibrated and layer.cause not in UNCURABLE:
+            return False
+        if steps_left == 0:
+            return True
+        momentum, updates = layer.momentum or 0.0, layer.updates or 0
+        if layer.cause == WARMING_UP:
+            # What is left of the start at the end, at least so many steps from now.
+            if steps_left is None:
+                return False
+            return (layer.lag or 0) * start_weight(momentum, steps_left) > self._threshold
+        if layer.cause == DRIFTING:
+            since = self._drifting_since.setdefault(layer.path, updates)
+            return (updates - since) * (1 - momentum) >= PATIENCE
+        return True
+
+
+def _message(layers: Sequence[LayerReport], total: int) -> str:
+    worst = layers[0]
+    who = worst.path if len(layers) == 1 else f"worst {worst.path}"
+    of = f"{len(layers)} of {total} BatchNormalization layers"
+    if worst.cause in (INFERENCE_MODE, NOT_UPDATING):
+        what = f"{of} never updated their statistics ({who})"
+    elif worst.cause == NON_FINITE:
+        what = f"{of} hold NaN or infinity ({who})"
+    elif worst.lag is None:
+        what = f"{of}: {who}"
+    else:
+        what = f"{of} lag, {who} by {worst.lag:.2f} standard deviations"
+    return f"{what}. Likely cause: {worst.cause}. {worst.advice}"
