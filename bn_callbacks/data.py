@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -124,7 +125,8 @@ def _is_arrays(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "__array__") and len(leaf.shape) > 0
+    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "__array__")
+    return bool(has_shape and len(leaf.shape) > 0)
 
 
 def _is_endless(x: Any) -> bool:
@@ -224,7 +226,7 @@ class _Arrays:
         self._batch_size = int(batch_size)
 
     def __len__(self) -> int:
-        return -(-self._samples // self._batch_size)
+        return math.ceil(self._samples / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self._samples, self._batch_size):

@@ -25,24 +25,31 @@ class Findings:
 
     Args:
         threshold: Lag above which something is said.
-        is_recalibrated: Whether the model is recalibrated at the end anyway.
     """
 
-    def __init__(self, threshold: float, is_recalibrated: bool = False) -> None:
+    def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._is_recalibrated = is_recalibrated
         self._said: set[str] = set()
         self._drifting_since: dict[str, int] = {}
 
-    def messages(self, report: BatchNormReport, steps_left: int | None) -> list[str]:
+    def messages(
+        self,
+        report: BatchNormReport,
+        steps_left: int | None,
+        is_corrected: bool = False,
+    ) -> list[str]:
         """Texts of new findings.
 
         Args:
             report: The latest report.
             steps_left: Training steps still to come; None if unknown.
+            is_corrected: Whether a callback corrects the statistics at the end, so
+                that only what it cannot cure deserves a word.
         """
         groups: dict[str, list[LayerReport]] = {}
         for layer in report.lagging:
+            if is_corrected and layer.cause not in UNCURABLE:
+                continue
             if self._is_due(layer, steps_left):
                 groups.setdefault(layer.cause, []).append(layer)
         drifting = {layer.path for layer in report.lagging if layer.cause == DRIFTING}
@@ -53,8 +60,6 @@ class Findings:
         return [_message(groups[cause], len(report.layers)) for cause in new]
 
     def _is_due(self, layer: LayerReport, steps_left: int | None) -> bool:
-        if self._is_recalibrated and layer.cause not in UNCURABLE:
-            return False
         if steps_left == 0:
             return True
         momentum, updates = layer.momentum or 0.0, layer.updates or 0
@@ -62,7 +67,9 @@ class Findings:
             # What is left of the start at the end, at least so many steps from now.
             if steps_left is None:
                 return False
-            return (layer.lag or 0) * start_weight(momentum, steps_left) > self._threshold
+            return (layer.lag or 0) * start_weight(
+                momentum, steps_left
+            ) > self._threshold
         if layer.cause == DRIFTING:
             since = self._drifting_since.setdefault(layer.path, updates)
             return (updates - since) * (1 - momentum) >= PATIENCE

@@ -5,8 +5,8 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 import keras
@@ -16,13 +16,8 @@ from numpy.typing import NDArray
 
 from bn_callbacks.statistics.moments import Statistics
 
-LayerSelection = (
-    None
-    | str
-    | re.Pattern[str]
-    | keras.layers.Layer
-    | Callable[[keras.layers.Layer], bool]
-    | Iterable[Any]
+LayerSelection: TypeAlias = (
+    str | re.Pattern[str] | Callable[[Any], bool] | Iterable[Any] | None
 )
 Moments = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -47,22 +42,27 @@ class BatchNormLayer:
 
     @property
     def momentum(self) -> float:
+        """The weight of the old value in an update."""
         return float(self.layer.momentum)
 
     @property
     def epsilon(self) -> float:
+        """What the layer adds to a variance."""
         return float(self.layer.epsilon)
 
     @property
     def trainable(self) -> bool:
+        """Whether the layer is not frozen."""
         return bool(self.layer.trainable)
 
     @property
     def channels(self) -> int:
+        """Length of the layer's statistics."""
         return int(self.layer.moving_mean.shape[0])
 
     @property
     def renorm(self) -> bool:
+        """Whether the layer uses batch renormalisation (Keras 3.13 and later)."""
         return bool(getattr(self.layer, "renorm", False))
 
     @property
@@ -89,26 +89,31 @@ class BatchNormLayer:
 
     def state(self) -> list[tuple[Any, NDArray[Any]]]:
         """Every variable that `assign` may write, with a copy of its value."""
-        variables = [self.layer.moving_mean, self.layer.moving_variance]
+        layer = self.layer
+        variables = [layer.moving_mean, layer.moving_variance]
         if self.renorm:
-            layer = self.layer
             variables += [layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev]
         return [(variable, np.array(variable.value)) for variable in variables]
 
-    def new_state(self, statistics: Statistics) -> list[tuple[Any, NDArray[Any]]]:
-        """The values that make the layer use `statistics`, in its own dtypes."""
+    def new_state(
+        self, statistics: Statistics, in_training: bool
+    ) -> list[tuple[Any, NDArray[Any]]]:
+        """The values that make the layer use `statistics`, in its own dtypes.
+
+        With renormalisation the next step would rewrite the variance from
+        `moving_stddev`, which is therefore written too; and `in_training` also the
+        averages towards which it corrects batches.
+        """
         mean, variance = statistics
         values = [mean, variance]
         if self.renorm:
-            # With renormalisation the next step would rewrite the variance from
-            # `moving_stddev`, and correct batches towards the `renorm_*` averages.
             stddev = np.sqrt(variance + self.epsilon)
-            values += [stddev, mean, stddev]
-        # A value outside a float16's range becomes inf, and is refused later.
+            values += [stddev, mean, stddev] if in_training else [stddev]
+        # A value beyond a float16's range becomes infinite, and is refused later.
         with np.errstate(over="ignore"):
             return [
                 (variable, np.asarray(value).astype(old.dtype))
-                for (variable, old), value in zip(self.state(), values, strict=True)
+                for (variable, old), value in zip(self.state(), values, strict=False)
             ]
 
 
@@ -207,9 +212,10 @@ def _select(
 ) -> list[BatchNormLayer]:
     if layers is None:
         return everything
-    single = isinstance(layers, (str, re.Pattern, keras.layers.Layer))
-    chosen: dict[int, BatchNormLayer] = {}
-    for selector in [layers] if single or callable(layers) else layers:
+    is_one = isinstance(layers, (str, re.Pattern)) or callable(layers)
+    chosen: dict[str, BatchNormLayer] = {}
+    selectors: Iterable[Any] = [layers] if is_one else layers  # type: ignore[assignment]
+    for selector in selectors:
         named = [bn for bn in everything if _is(bn, selector)]
         matching = named or [bn for bn in everything if _matches(bn, selector)]
         if not matching:
@@ -219,9 +225,9 @@ def _select(
                 f"{_some([bn.path for bn in everything]) or 'none'}."
             )
         for bn in matching:
-            by_name = bool(named) or id(bn.layer) in chosen and chosen[id(bn.layer)].named
-            chosen[id(bn.layer)] = BatchNormLayer(bn.path, bn.layer, bn.calls, by_name)
-    return [chosen[id(bn.layer)] for bn in everything if id(bn.layer) in chosen]
+            before = chosen.get(bn.path, bn)
+            chosen[bn.path] = replace(bn, named=bool(named) or before.named)
+    return [chosen[bn.path] for bn in everything if bn.path in chosen]
 
 
 def _is(bn: BatchNormLayer, selector: Any) -> bool:
@@ -412,15 +418,25 @@ def restore(saved: Snapshot) -> None:
         _versions[bn.layer] = version
 
 
-def assign(layers: Sequence[BatchNormLayer], values: Sequence[Statistics]) -> None:
+def assign(
+    layers: Sequence[BatchNormLayer],
+    values: Sequence[Statistics],
+    *,
+    in_training: bool = True,
+) -> None:
     """Writes statistics into all layers, or into none.
+
+    Args:
+        layers: The layers.
+        values: What to write into each.
+        in_training: Whether renormalising layers are to train with them too.
 
     Raises:
         ValueError: A value is not finite in the layer's own dtype.
     """
     new = []
     for bn, statistics in zip(layers, values, strict=True):
-        pairs = bn.new_state(statistics)
+        pairs = bn.new_state(statistics, in_training)
         for _, value in pairs:
             if not np.isfinite(value.astype(np.float64)).all():
                 raise ValueError(
@@ -524,3 +540,15 @@ def iterations(model: keras.Model) -> int:
     if optimizer is None:
         return 0
     return int(keras.ops.convert_to_numpy(optimizer.iterations))
+
+
+def uses_ema(model: keras.Model) -> bool:
+    """Whether the optimizer puts averaged weights into the model at the end."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return bool(getattr(optimizer, "use_ema", False))
+
+
+def steps_per_execution(model: keras.Model) -> int:
+    """Training steps that one execution of the train function makes at most."""
+    return int(getattr(model, "steps_per_execution", None) or 1)

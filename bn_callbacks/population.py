@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
 
 from bn_callbacks.data import Batch, fits, open_specs
 from bn_callbacks.layers import BatchNormLayer, batch_mode, forward, read
 from bn_callbacks.statistics.moments import Moments, Statistics
+
+Step: TypeAlias = Callable[[int, Batch], None]
 
 # The fused kernel sums in float32: its mean is off by up to about 4e-6 of the
 # mean itself (measured), which beyond this ratio of mean to σ is no longer small.
@@ -69,7 +70,7 @@ class Population:
         self._order: list[_Pool] = []
         self.layers = list(layers)
         self._loss_sums = tf.Variable(tf.zeros(2, tf.float64), trainable=False)
-        self._steps: dict[tuple[bool, bool], Callable[[int, Batch], None]] = {}
+        self._steps: dict[tuple[bool, bool], Step] = {}
         self._fused = True
 
     def measure(
@@ -135,14 +136,14 @@ class Population:
             samples=samples,
         )
 
-    def _step(self, is_fixed: bool) -> Callable[[int, Batch], None]:
+    def _step(self, is_fixed: bool) -> Step:
         """The traced function of one mode; its batch size is left open."""
         key = (is_fixed, self._fused)
         if key not in self._steps:
             self._steps[key] = self._make_step(is_fixed, self._fused)
         return self._steps[key]
 
-    def _make_step(self, is_fixed: bool, use_fused: bool) -> Callable[[int, Batch], None]:
+    def _make_step(self, is_fixed: bool, use_fused: bool) -> Step:
         index: Any = None
 
         def moments(bn: BatchNormLayer) -> Any:
@@ -265,7 +266,11 @@ class _Pool:
             return None
         self.used_fused = True
         x = tf.cast(x, tf.float32)
-        gamma = tf.cast(layer.gamma, tf.float32) if layer.scale else tf.ones_like(x[0, 0, 0])
+        gamma = (
+            tf.cast(layer.gamma, tf.float32)
+            if layer.scale
+            else tf.ones_like(x[0, 0, 0])
+        )
         beta = tf.cast(layer.beta, tf.float32) if layer.center else tf.zeros_like(gamma)
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
             x, gamma, beta, epsilon=layer.epsilon, is_training=True

@@ -92,10 +92,8 @@ def recalibrate(
             wrong structure or not finite.
 
     Example:
-
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), keras.layers.BatchNormalization()])
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
     >>> x = np.random.default_rng(0).normal(5, 2, (256, 4)).astype("float32")
     >>> report = recalibrate(model, x, verbose=0)
     >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(0), atol=1e-4))
@@ -104,10 +102,17 @@ def recalibrate(
     >>> model.layers[0].moving_mean.numpy().tolist()
     [0.0, 0.0, 0.0, 0.0]
     """
-    plan = Recalibration(
-        model, x, batch_size, steps, tolerance, refine, dropout, layers, validation_data
-    )
-    return plan.run(verbose)
+    check_model(model)
+    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
+    return Recalibration(
+        model,
+        batches,
+        tolerance=tolerance,
+        refine=refine,
+        dropout=dropout,
+        layers=layers,
+        validation_data=validation_data,
+    ).run(verbose)
 
 
 @contextlib.contextmanager
@@ -130,10 +135,8 @@ def recalibrated(
         ValueError: As `recalibrate`.
 
     Example:
-
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), keras.layers.BatchNormalization()])
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
     >>> with recalibrated(model, np.full((8, 4), 3.0), verbose=0):
     ...     print(model.layers[0].moving_mean.numpy().tolist())
     [3.0, 3.0, 3.0, 3.0]
@@ -175,10 +178,10 @@ def audit(
         ValueError: Data that are empty, endless, of a wrong structure or not finite.
 
     Example:
-
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)])
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
+    ... )
     >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
     >>> round(report.max_lag, 1)
     5.0
@@ -188,9 +191,7 @@ def audit(
     stored = read(found)
     if x is None or not found:
         return _report(found, stored, [None] * len(found), model)
-    batches = Batches(
-        x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
-    )
+    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
     has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
     targets, _ = _split(model, found, batches)
     loss_batch = loss_inference = None
@@ -215,11 +216,9 @@ class Recalibration:
     """A recalibration that is set up once and may run often.
 
     Args:
-        model: As `recalibrate` takes it, and all the others too.
-        x: Training data.
-        batch_size: Samples per batch of arrays.
-        steps: Number of batches to use.
-        tolerance: Standard error at which the first pass may stop.
+        model: The model.
+        batches: Training data.
+        tolerance: As `recalibrate` takes it, and the rest too.
         refine: Further passes.
         dropout: Whether dropout is active.
         layers: Which layers.
@@ -229,22 +228,19 @@ class Recalibration:
     def __init__(
         self,
         model: keras.Model,
-        x: Any,
-        batch_size: int | None,
-        steps: int | None,
-        tolerance: float | None,
-        refine: int | Literal["auto"],
-        dropout: bool,
-        layers: LayerSelection,
-        validation_data: Any,
+        batches: Batches,
+        *,
+        tolerance: float | None = None,
+        refine: int | Literal["auto"] = "auto",
+        dropout: bool = False,
+        layers: LayerSelection = None,
+        validation_data: Any = None,
     ) -> None:
-        check_refine(refine)
-        check_model(model)
-        inputs = count_inputs(model)
+        check_options(refine, tolerance)
         self._model = model
         self._refine = refine
-        self._batches = Batches(x, batch_size=batch_size, steps=steps, inputs=inputs)
-        self._targets, self._skipped = _targets(model, layers, self._batches)
+        self._batches = batches
+        self._targets, self._skipped = _targets(model, layers, batches)
         self._population = Population(model, self._targets, dropout=dropout)
         self._validation: Probe | None = None
         if validation_data is not None:
@@ -274,7 +270,7 @@ class Recalibration:
             loss_before = self._validation.inference_loss(old)
             loss_after = self._validation.inference_loss(new)
         # `not >`, so that a loss that was NaN before does not count as better.
-        committed = loss_after is None or not loss_after > loss_before
+        committed = loss_before is None or not (loss_after or 0.0) > loss_before
         saved = snapshot(targets)
         if committed:
             written = [i for i, is_reached in enumerate(reached) if is_reached]
@@ -339,13 +335,18 @@ class Probe:
         return self._population.measure(self._batches, statistics).loss
 
 
-def check_refine(refine: Any) -> None:
-    """Raises a ValueError for anything but "auto" and a number of passes."""
+def check_options(refine: Any, tolerance: Any) -> None:
+    """Raises a ValueError for values that `recalibrate` does not take."""
     is_number = isinstance(refine, int) and not isinstance(refine, bool)
     if refine != "auto" and not (is_number and refine >= 0):
         raise ValueError(
             "`refine` must be 'auto' or a number of further passes, 0 or more. "
             f"Received: refine={refine!r}."
+        )
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(
+            "`tolerance` must be None or a positive standard error, in standard "
+            f"deviations. Received: tolerance={tolerance!r}."
         )
 
 
@@ -422,10 +423,11 @@ def _refine(
         if residual <= RESIDUAL_LIMIT / 10:
             return new, residual, 1
 
-    best, best_residual, previous = new, math.inf, new
+    best, best_residual, previous, passes = new, math.inf, new, 1
     # Layer k is exact after k passes, and one more pass shows it.
-    for passes in range(2, len(layers) + 4):
+    while passes < len(layers) + 3:
         seen = measure(previous)
+        passes += 1
         residual = _max_lag(layers, seen, previous)
         if residual < best_residual:
             best, best_residual = previous, residual
@@ -444,7 +446,9 @@ def _max_lag(
     moving: Sequence[Statistics],
 ) -> float:
     pairs = zip(layers, batch, moving, strict=True)
-    return max((lag(seen, stored, bn.epsilon) for bn, seen, stored in pairs), default=0.0)
+    return max(
+        (lag(seen, stored, bn.epsilon) for bn, seen, stored in pairs), default=0.0
+    )
 
 
 def _statistics(

@@ -119,7 +119,9 @@ class BatchNormReport:
     @property
     def max_lag(self) -> float:
         """The largest lag; 0.0 without layers."""
-        return max((layer.lag for layer in self.layers if layer.lag is not None), default=0.0)
+        return max(
+            (layer.lag for layer in self.layers if layer.lag is not None), default=0.0
+        )
 
     @property
     def lagging(self) -> tuple[LayerReport, ...]:
@@ -168,8 +170,9 @@ class BatchNormReport:
                 f"{self.loss_batch:.4g} with batch statistics "
                 f"(gap {self.loss_gap:.3g})"
             )
-        seen = dict.fromkeys(layer.advice for layer in self.lagging if layer.advice)
-        return notes + list(seen)
+        # The advice for the worst layer of each cause.
+        advice = {layer.cause: layer.advice for layer in reversed(self.lagging)}
+        return notes + [f"{cause}: {text}" for cause, text in advice.items() if text]
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         # Names to the left, figures to the right.
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
-        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        cells += [
+            cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -19,9 +19,11 @@ class StepCounter:
         self._origin: int | None = None
 
     def begin_epoch(self) -> None:
+        """Forgets the epoch before."""
         self._begun = None
 
     def begin_batch(self, batch: int) -> None:
+        """Notes that an execution begins after `batch` steps of the epoch."""
         self._begun = batch
 
     def set_origin(self, iterations: int | None) -> None:
@@ -53,8 +55,10 @@ class StepCounter:
             return 0
         possible = range(self._begun, self._begun + steps_per_execution + 1)
         if iterations is not None and self._origin is not None:
-            if iterations - self._origin in possible:
-                return iterations - self._origin
+            counted = iterations - self._origin
+            # A custom step may use several optimizers, or skip some.
+            if counted in possible:
+                return counted
         return announced if announced in possible else None
 
 

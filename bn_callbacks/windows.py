@@ -47,11 +47,11 @@ class Windows:
         self._updates = np.zeros(len(layers), int)
         self._has_moved = np.zeros(len(layers), bool)
         self._calls = np.array([bn.calls for bn in layers], int)
-        self._is_initial = [
-            all(map(np.array_equal, now, bn.initial))
-            for now, bn in zip(self._reader.split(self._reader()[1]), layers, strict=True)
-        ]
         self._now = self._start = self._reader()[1]
+        self._is_initial = [
+            all(map(np.array_equal, self._part(self._now, index), bn.initial))
+            for index, bn in enumerate(self.layers)
+        ]
         self._versions = versions(layers)
 
     def rebase(self) -> int | None:
@@ -152,16 +152,18 @@ class Windows:
 
     def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
         bn = self.layers[index]
-        averages = (self._reader.averages(flat, index) for flat in (old, new))
+        before, after = (self._reader.averages(flat, index) for flat in (old, new))
         return bn.statistics(
-            window_statistic(*averages, bn.momentum, steps * bn.calls)
+            window_statistic(before, after, bn.momentum, steps * bn.calls)
         )
 
     def _part(self, flat: Flat, index: int) -> Statistics:
         return self.layers[index].statistics(self._reader.averages(flat, index))
 
     def _is_same(self, one: Flat, other: Flat) -> NDArray[np.bool_]:
-        return self._reader.all_per_layer((one == other) | (np.isnan(one) & np.isnan(other)))
+        return self._reader.all_per_layer(
+            (one == other) | (np.isnan(one) & np.isnan(other))
+        )
 
     def _spread(self, per_layer: NDArray[np.bool_]) -> NDArray[np.bool_]:
         return self._reader.spread(per_layer)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "bn_callbacks"
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
     {"statistics"},
-    {"data", "layers", "report"},
-    {"population", "windows"},
+    {"data", "layers", "report", "steps"},
+    {"population", "windows", "findings"},
     {"recalibration", "tensorboard"},
     {"callbacks"},
     {"demo"},

@@ -16,6 +16,7 @@ from bn_callbacks.layers import (
     is_built,
     is_corrected,
     iterations,
+    steps_per_execution,
 )
 from bn_callbacks.recalibration import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_report
@@ -65,11 +66,14 @@ class BatchNormMonitor(keras.callbacks.Callback):
         BatchNormLagWarning: In `fit`, with `on_lag="raise"`.
 
     Example:
-
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), keras.layers.BatchNormalization(),
-    ...     keras.layers.Dense(1)])
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((4,)),
+    ...         keras.layers.BatchNormalization(),
+    ...         keras.layers.Dense(1),
+    ...     ]
+    ... )
     >>> model.compile("sgd", "mse")
     >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
     >>> monitor = BatchNormMonitor(on_lag="ignore")
@@ -107,7 +111,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`threshold` must be a positive number of standard deviations. "
                 f"Received: threshold={threshold!r}."
             )
-        if probe is not None and not (isinstance(probe, tuple) and len(probe) in (2, 3)):
+        if probe is not None and not (
+            isinstance(probe, tuple) and len(probe) in (2, 3)
+        ):
             raise ValueError(
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
@@ -191,7 +197,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def _start(self) -> None:
         layers = find(self.model, self.layers)
-        self._findings = Findings(self.threshold, is_corrected(self.model))
+        self._findings = Findings(self.threshold)
         if not layers:
             self.report = BatchNormReport()
             print(
@@ -207,7 +213,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
         )
         self._frequency = self._interval
         if self.update_freq != "auto":
-            self._frequency = 1 if self.update_freq == "batch" else int(self.update_freq)
+            self._frequency = (
+                1 if self.update_freq == "batch" else int(self.update_freq)
+            )
             self._interval = min(self._interval, self._frequency)
 
     def _end_epoch(self) -> None:
@@ -218,7 +226,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         steps = self._counter.finish(
             iterations_now,
             announced_steps(self.params),
-            int(getattr(self.model, "steps_per_execution", 1) or 1),
+            steps_per_execution(self.model),
         )
         self._windows.close(now, None if steps is None else steps - self._read_at)
         self._steps_done += self._read_at if steps is None else steps
@@ -254,7 +262,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
     def _tell(self, report: BatchNormReport, steps_left: int | None) -> None:
         if self._findings is None or self.on_lag == "ignore":
             return
-        for message in self._findings.messages(report, steps_left):
+        messages = self._findings.messages(report, steps_left, is_corrected(self.model))
+        for message in messages:
             if self.on_lag == "raise":
                 raise BatchNormLagWarning(message)
             warnings.warn(message, BatchNormLagWarning, stacklevel=2)

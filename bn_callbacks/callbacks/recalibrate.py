@@ -14,8 +14,9 @@ from bn_callbacks.layers import (
     restore,
     set_corrected,
     snapshot,
+    uses_ema,
 )
-from bn_callbacks.recalibration import Recalibration, check_refine
+from bn_callbacks.recalibration import Recalibration, check_options
 from bn_callbacks.report import RecalibrationReport
 
 
@@ -52,11 +53,14 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         ValueError: An argument is none of those above, or as `recalibrate`.
 
     Example:
-
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([
-    ...     keras.Input((4,)), keras.layers.BatchNormalization(),
-    ...     keras.layers.Dense(1)])
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((4,)),
+    ...         keras.layers.BatchNormalization(),
+    ...         keras.layers.Dense(1),
+    ...     ]
+    ... )
     >>> model.compile("sgd", "mse")
     >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
     >>> callback = RecalibrateBatchNorm(x)
@@ -84,7 +88,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
                 "`when` must be 'train_end', 'validation' or 'epoch_end'. Received: "
                 f"when={when!r}."
             )
-        check_refine(refine)
+        check_options(refine, tolerance)
         self.x = x
         self.batch_size = batch_size
         self.steps = steps
@@ -142,6 +146,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
             self._recalibration = Recalibration(
                 self.model,
                 self._batches,
+                tolerance=self.tolerance,
                 refine=self.refine,
                 dropout=self.dropout,
                 layers=self.layers,
