@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -44,7 +45,7 @@ class Batches:
         inputs: int | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if value is not None and (int(value) != value or value < 1):
+            if value is not None and not (_is_whole(value) and value >= 1):
                 raise ValueError(
                     f"`{name}` must be a positive integer or None. Received: "
                     f"{name}={value!r}."
@@ -81,12 +82,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for batch in itertools.islice(self._batches(), self.steps):
+        for item in itertools.islice(self._items(), self.steps):
             if count >= MAX_UNSIZED_BATCHES and self.length is None:
                 raise ValueError(
                     "`x` seems to be infinite. Received: more than "
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
                 )
+            batch = _to_tensors(item, count)
+            # An iterator can be read once only, so what it gave is kept.
+            if self._once is not None and count == len(self._kept):
+                self._kept.append(batch)
             count += 1
             yield batch
         if count == 0:
@@ -97,15 +102,44 @@ class Batches:
         if self.steps is not None and count < self.steps:
             raise ValueError(_ran_out(count, self.steps))
 
-    def _batches(self) -> Iterator[Batch]:
-        if self._once is None:
-            yield from map(_to_tensors, self._source)
-            return
-        # An iterator can be read once only, so what it gave is kept.
+    def first(self, count: int) -> "First":
+        """The first `count` batches, to be read as often as all of them."""
+        return First(self, count)
+
+    def _items(self) -> Iterator[Any]:
+        source = iter(self._source if self._once is None else self._once)
         yield from list(self._kept)
-        for item in self._once:
-            self._kept.append(_to_tensors(item))
-            yield self._kept[-1]
+        for index in itertools.count(len(self._kept)):
+            try:
+                item = next(source)
+            except StopIteration:
+                return
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
+                raise
+            yield item
+
+
+def _is_whole(value: Any) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and bool(float(value).is_integer())
+
+
+@dataclass(frozen=True)
+class First:
+    """The first batches of others.
+
+    Args:
+        batches: The others.
+        length: How many of them.
+    """
+
+    batches: Batches
+    length: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(self.batches, self.length)
 
 
 def _ran_out(size: int, steps: int) -> str:
@@ -141,7 +175,7 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         size = int(x.cardinality())
         return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
     if isinstance(x, keras.utils.PyDataset):
-        return _Indexed(x), x.num_batches
+        return _Indexed(x), _num_batches(x)
     if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
         try:
             return x, len(x)  # type: ignore[arg-type]
@@ -153,6 +187,14 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
     )
 
 
+def _num_batches(dataset: keras.utils.PyDataset) -> int | None:
+    # Keras before 3.1 asks for the length, later ones for `num_batches`.
+    if hasattr(dataset, "num_batches"):
+        size: int | None = dataset.num_batches
+        return size
+    return len(dataset)
+
+
 def _describe(x: Any) -> str:
     if isinstance(x, (list, tuple, dict)):
         kinds = sorted({type(leaf).__name__ for leaf in tf.nest.flatten(x)})
@@ -160,12 +202,21 @@ def _describe(x: Any) -> str:
     return f"{x!r:.60} of type {type(x).__name__}"
 
 
-def _to_tensors(item: Any) -> Batch:
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(item)
-    return tuple(  # type: ignore[return-value]
-        None if part is None else tf.nest.map_structure(_to_tensor, part)
-        for part in (x, y, sample_weight)
-    )
+def _to_tensors(item: Any, index: int) -> Batch:
+    try:
+        parts = keras.utils.unpack_x_y_sample_weight(item)
+        if not any(leaf is not None for leaf in tf.nest.flatten(parts[0])):
+            raise ValueError("There are no inputs in it.")
+        return tuple(  # type: ignore[return-value]
+            None if part is None else tf.nest.map_structure(_to_tensor, part)
+            for part in parts
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"Batch {index} of the data is nothing that a model takes. Received: "
+            f"{_describe(item)}. Give batches of x, (x, y) or (x, y, sample_weight), "
+            "each an array or a structure of arrays."
+        ) from error
 
 
 def _to_tensor(leaf: Any) -> Any:
@@ -192,12 +243,29 @@ def open_specs(batch: Any) -> Any:
     return tf.nest.map_structure(spec, batch)
 
 
+# What Keras, TensorFlow and a user's own `call` raise for inputs of a wrong kind.
+_MISFITS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.UnimplementedError,
+)
+
+
 @contextlib.contextmanager
 def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
     """Turns what Keras says of data that do not fit into one clear error."""
     try:
         yield
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
+    except tf.errors.OperatorNotAllowedInGraphError as error:
+        raise ValueError(
+            "The model cannot be traced, as its Python code asks for values of tensors "
+            f"that only run_eagerly=True would have. Received: model {model_name!r}. "
+            "Write its `call` with `keras.ops.cond` or `keras.ops.where` instead."
+        ) from error
+    except _MISFITS as error:
         shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), inputs)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
@@ -211,7 +279,10 @@ class _Arrays:
     """Arrays, cut into consecutive batches."""
 
     def __init__(self, x: Any, batch_size: int, inputs: int | None) -> None:
-        is_item = isinstance(x, tuple) and len(x) in (2, 3) and len(x) != inputs
+        is_item = isinstance(x, tuple) and len(x) in (2, 3)
+        if is_item and len(x) == inputs:
+            # As many as the model has inputs: (x, y) only if x alone is as many.
+            is_item = len(tf.nest.flatten(x[0])) == inputs
         self._parts = (*x, None)[:3] if is_item else (x, None, None)
         if isinstance(x, tuple) and len(x) == 1:
             self._parts = (x[0], None, None)
@@ -249,6 +320,6 @@ class _Indexed:
         self._dataset = dataset
 
     def __iter__(self) -> Iterator[Any]:
-        size = self._dataset.num_batches
+        size = _num_batches(self._dataset)
         indices = itertools.count() if size is None else range(size)
         return (self._dataset[index] for index in indices)

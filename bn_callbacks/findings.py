@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.diagnosis import (
+    CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,
+    MIXED_CALLS,
+    NOISY,
     NON_FINITE,
     NOT_UPDATING,
+    OUTLIERS,
+    TINY_BATCH,
+    UNEXPECTED_UPDATE,
     WARMING_UP,
 )
 from bn_callbacks.statistics.moving_average import start_weight
@@ -16,7 +22,19 @@ PATIENCE = 3.0
 """Memories of the average, `1/(1 − momentum)` updates, for which drift must last
 before it is called more than the turbulence at the start of any training."""
 
-UNCURABLE = frozenset({INFERENCE_MODE})
+TURBULENT = frozenset({DRIFTING, NOISY})
+"""Causes that the start of any training may show for a while."""
+
+UNCURABLE = frozenset(
+    {
+        CORRELATED_BATCHES,
+        INFERENCE_MODE,
+        MIXED_CALLS,
+        OUTLIERS,
+        TINY_BATCH,
+        UNEXPECTED_UPDATE,
+    }
+)
 """Causes that recalibration does not cure."""
 
 
@@ -30,7 +48,7 @@ class Findings:
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
         self._said: set[str] = set()
-        self._drifting_since: dict[str, int] = {}
+        self._since: dict[str, int] = {}
 
     def messages(
         self,
@@ -52,9 +70,10 @@ class Findings:
                 continue
             if self._is_due(layer, steps_left):
                 groups.setdefault(layer.cause, []).append(layer)
-        drifting = {layer.path for layer in report.lagging if layer.cause == DRIFTING}
-        for path in set(self._drifting_since) - drifting:
-            del self._drifting_since[path]
+        turbulent = {layer.path for layer in report.lagging if layer.cause in TURBULENT}
+        self._since = {
+            path: since for path, since in self._since.items() if path in turbulent
+        }
         new = [cause for cause in groups if cause not in self._said]
         self._said.update(new)
         return [_message(groups[cause], len(report.layers)) for cause in new]
@@ -70,9 +89,10 @@ class Findings:
             return (layer.lag or 0) * start_weight(
                 momentum, steps_left
             ) > self._threshold
-        if layer.cause == DRIFTING:
-            since = self._drifting_since.setdefault(layer.path, updates)
-            return (updates - since) * (1 - momentum) >= PATIENCE
+        if layer.cause in TURBULENT:
+            since = self._since.setdefault(layer.path, updates)
+            memories = (updates - since) * (1 - momentum)
+            return updates > since and memories >= PATIENCE
         return True
 
 

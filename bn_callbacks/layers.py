@@ -1,6 +1,8 @@
 """The only module that knows Keras' internals: BN layers and their state."""
 
 import contextlib
+import functools
+import inspect
 import itertools
 import re
 from collections import Counter
@@ -15,6 +17,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.statistics.moments import Statistics
+
+_LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 LayerSelection: TypeAlias = (
     str | re.Pattern[str] | Callable[[Any], bool] | Iterable[Any] | None
@@ -66,6 +70,11 @@ class BatchNormLayer:
         return bool(getattr(self.layer, "renorm", False))
 
     @property
+    def precision(self) -> float | None:
+        """Machine epsilon of the statistics' dtype, if that is less than float32."""
+        return _LOW_PRECISION.get(self.layer.moving_mean.dtype)
+
+    @property
     def averages(self) -> tuple[Any, Any]:
         """The two variables that Keras updates as moving averages."""
         second = "moving_stddev" if self.renorm else "moving_variance"
@@ -103,18 +112,52 @@ class BatchNormLayer:
         With renormalisation the next step would rewrite the variance from
         `moving_stddev`, which is therefore written too; and `in_training` also the
         averages towards which it corrects batches.
+
+        Raises:
+            ValueError: A value is not finite in the layer's own dtype.
         """
         mean, variance = statistics
         values = [mean, variance]
         if self.renorm:
             stddev = np.sqrt(variance + self.epsilon)
             values += [stddev, mean, stddev] if in_training else [stddev]
-        # A value beyond a float16's range becomes infinite, and is refused later.
+        # A value beyond a float16's range becomes infinite.
         with np.errstate(over="ignore"):
-            return [
+            new = [
                 (variable, np.asarray(value).astype(old.dtype))
                 for (variable, old), value in zip(self.state(), values, strict=False)
             ]
+        for _, value in new:
+            if not np.isfinite(value.astype(np.float64)).all():
+                raise ValueError(
+                    f"The statistics of {self.path} do not fit the layer's dtype. "
+                    f"Received: {value.dtype.name} values that are not finite. "
+                    "Scale the data, or store the statistics in float32."
+                )
+        return new
+
+    def rounded(self, statistics: Statistics) -> Statistics:
+        """`statistics` as the layer holds them, in its own dtype.
+
+        Raises:
+            ValueError: A value is not finite in that dtype.
+        """
+        (_, mean), (_, variance), *_ = self.new_state(statistics, in_training=False)
+        return Statistics(mean.astype(np.float64), variance.astype(np.float64))
+
+    def as_read(self, mean: Any, variance: Any, dtype: Any) -> tuple[Any, Any]:
+        """Tensors as a call reads them if they are the layer's moving statistics.
+
+        The layer's dtype rounds them, and with a mixed policy of Keras before 3.3
+        reading rounds them once more.
+        """
+        pairs = ((self.layer.moving_mean, mean), (self.layer.moving_variance, variance))
+        mapping = [(variable, tf.cast(new, variable.dtype)) for variable, new in pairs]
+        with keras.StatelessScope(mapping):
+            read_mean, read_variance = (
+                keras.ops.cast(variable, dtype.name) for variable, _ in pairs
+            )
+        return read_mean, read_variance
 
 
 def check_model(model: Any) -> None:
@@ -128,7 +171,9 @@ def check_model(model: Any) -> None:
     if not isinstance(model, keras.Model):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         hint = "Pass the model that you call `fit` on."
-        if kind.startswith(("tf_keras", "keras.engine", "keras.src.engine")):
+        origins = tuple(base.__module__ for base in type(model).__mro__)
+        keras_2 = ("tf_keras", "keras.engine", "keras.src.engine")
+        if any(origin.startswith(keras_2) for origin in origins):
             hint = (
                 "This is a Keras 2 model: unset TF_USE_LEGACY_KERAS and build it "
                 "with `keras` instead of `tf_keras`."
@@ -138,9 +183,12 @@ def check_model(model: Any) -> None:
 
 def is_built(model: keras.Model) -> bool:
     """Whether all BN layers of the model have their statistics."""
-    return bool(model.built) and all(
-        layer.moving_mean is not None for layer in _batch_norms(model)
-    )
+    return bool(model.built) and all(map(_has_statistics, _batch_norms(model)))
+
+
+def _has_statistics(layer: keras.layers.BatchNormalization) -> bool:
+    # Keras before 3.1 makes the attribute only when it builds the layer.
+    return getattr(layer, "moving_mean", None) is not None
 
 
 def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
@@ -174,14 +222,16 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
             layer, a predicate `layer -> bool`, or a list of these.
 
     Returns:
-        The layers found; an empty list where the model has no BN layer.
+        The layers found; an empty list where the model has no BN layer. Layers that
+        a built model never uses, and so never builds, are none.
 
     Raises:
         ValueError: The model is not built, or `layers` selects nothing.
     """
-    found = _batch_norms(model)
-    unbuilt = [layer.name for layer in found if layer.moving_mean is None]
-    if unbuilt or not model.built:
+    everywhere = _batch_norms(model)
+    found = [layer for layer in everywhere if _has_statistics(layer)]
+    if not model.built or (everywhere and not found):
+        unbuilt = [layer.name for layer in everywhere if layer not in found]
         raise ValueError(
             f"The model is not built: {_some(unbuilt) or model.name} has no "
             f"statistics yet. Received: model={model.name!r}. Call the model on a "
@@ -259,9 +309,14 @@ def _calls(layer: keras.layers.Layer) -> Counter[int]:
         return Counter({id(layer): 1})
     if isinstance(layer, keras.Sequential):
         children = list(layer.layers)
+    elif isinstance(layer, keras.layers.TimeDistributed):
+        # One call a time step, as many as the input was built with.
+        steps = (layer.get_build_config() or {}).get("input_shape", (None,) * 2)[1]
+        return Counter(
+            {key: count * (steps or 1) for key, count in _calls(layer.layer).items()}
+        )
     elif hasattr(layer, "_nodes_by_depth"):
-        nodes = [node for depth in layer._nodes_by_depth.values() for node in depth]
-        children = [node.operation for node in nodes]
+        children = [node.operation for node in _nodes(layer)]
     else:
         children = list({id(child): child for child in layer._layers}.values())
     total: Counter[int] = Counter()
@@ -271,9 +326,73 @@ def _calls(layer: keras.layers.Layer) -> Counter[int]:
     return total
 
 
+def _nodes(model: keras.layers.Layer) -> list[Any]:
+    return [node for depth in model._nodes_by_depth.values() for node in depth]
+
+
+def pinned_in_graph(layer: keras.layers.Layer, is_pinned: bool = False) -> set[int]:
+    """BN layers, by `id`, for which a functional graph stores `training=False`.
+
+    In `fit`, Keras 3 overrides it (keras#20285).
+    """
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return {id(layer)} if is_pinned else set()
+    if not hasattr(layer, "_nodes_by_depth"):
+        inner = layer._layers if isinstance(layer, keras.layers.Layer) else []
+        return set().union(*(pinned_in_graph(child, is_pinned) for child in inner))
+    found: set[int] = set()
+    for node in _nodes(layer):
+        stored = node.arguments.kwargs.get("training") if node.arguments else None
+        found |= pinned_in_graph(node.operation, is_pinned or stored is False)
+    return found
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Whether the model makes its training steps itself."""
+    return type(model).train_step is not keras.Model.train_step
+
+
+def examples_seen(model: keras.Model) -> float | None:
+    """Examples since the epoch began, as the model's loss metric counts them.
+
+    None where it cannot be known: Keras before 3.3 counts batches, a model with its
+    own `train_step` nothing.
+    """
+    if not _COUNTS_EXAMPLES:
+        return None
+    for metric in model.metrics:
+        if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
+            return float(keras.ops.convert_to_numpy(metric.count)) or None
+    return None
+
+
+_COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
+
+
+class Fingerprint:
+    """Tells whether the weights of a model have changed.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        variables = [variable.value for variable in model.trainable_variables]
+
+        @tf.function(autograph=False)
+        def sums() -> Any:
+            return [tf.reduce_sum(tf.cast(value, tf.float32)) for value in variables]
+
+        self._sums = sums
+
+    def __call__(self) -> bytes:
+        """A value that almost surely changes with any weight."""
+        return np.array(self._sums(), np.float32).tobytes()
+
+
 def runs_in_training_mode(
     model: keras.Model, layers: Sequence[BatchNormLayer], inputs: Any
-) -> list[bool]:
+) -> list[bool | None]:
     """Whether `fit` would run each layer on batch statistics.
 
     Follows the model's own call as a training step makes it, on symbolic
@@ -285,39 +404,98 @@ def runs_in_training_mode(
         inputs: A structure of `tf.TensorSpec`.
 
     Returns:
-        For each layer, whether any of its calls had `training=True`. A layer
-        that is frozen counts as one that is not.
+        For each layer, whether any of its calls asks for the statistics of a batch,
+        as a frozen layer does not; or None if nothing calls it. For a layer asked
+        for by its name, whether it does so when it is forced to.
     """
-    flags: dict[int, bool] = {}
+    asks: dict[BatchNormLayer, bool] = {}
 
-    def observe(bn: BatchNormLayer) -> Callable[..., Any]:
-        own = bn.layer.call
+    def observe(bn: BatchNormLayer) -> dict[str, Any]:
+        own_call, own_moments = bn.layer.call, bn.layer._moments
 
-        def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-            is_on = training is not None and training is not False
-            flags[id(bn.layer)] = flags.get(id(bn.layer), False) or is_on
-            return own(inputs, training=training, mask=mask)
+        @functools.wraps(own_call)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            asks.setdefault(bn, False)
+            if bn.named:
+                return _with_training(own_call, True, args, kwargs)
+            return own_call(*args, **kwargs)
 
-        return call
+        def moments(*args: Any, **kwargs: Any) -> Any:
+            asks[bn] = True
+            return own_moments(*args, **kwargs)
 
-    with _attributes({bn.layer: {"call": observe(bn)} for bn in layers}):
-        symbolic = tf.function(
-            lambda x: forward(model, x, training=True), autograph=False
-        )
+        observed: dict[str, Any] = {"call": call, "_moments": moments}
+        if bn.named:
+            observed["_trainable"] = True
+        return observed
+
+    @tf.function(autograph=False)
+    def symbolic(x: Any) -> None:
+        with stateless(model):
+            forward(model, x, training=True)
+
+    with _attributes({bn.layer: observe(bn) for bn in layers}):
         symbolic.get_concrete_function(inputs)
-    return [flags.get(id(bn.layer), False) and bn.trainable for bn in layers]
+    return [asks.get(bn) for bn in layers]
 
 
 def forward(model: keras.Model, inputs: Any, training: bool) -> Any:
-    """Calls the model as `fit` does; no Keras variable is written."""
-    with keras.StatelessScope():
-        if model._call_has_training_arg:
-            return model(inputs, training=training)
-        return model(inputs)
+    """Calls the model as `fit` does."""
+    if model._call_has_training_arg:
+        return model(inputs, training=training)
+    return model(inputs)
+
+
+@contextlib.contextmanager
+def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
+    """Inside, no Keras variable is written, and `compute_loss` finds all losses.
+
+    Args:
+        model: The model to be called.
+        salt: A whole number, as a tensor, that makes dropout, noise and
+            augmentation draw anew. As no seed advances, they draw the same each
+            time without it.
+    """
+    # Keras wants the current values of what it regularises spelt out.
+    mapping = [
+        (variable, variable.value)
+        for variable in model.trainable_variables
+        if getattr(variable, "regularizer", None) is not None
+    ]
+    if salt is not None:
+        seeds = [v for v in model.variables if v.name == "seed_generator_state"]
+        mapping += [
+            (seed, seed.value + tf.cast(tf.stack([salt, 0]), seed.value.dtype))
+            for seed in seeds
+        ]
+    with keras.StatelessScope(mapping, collect_losses=True):
+        yield
+
+
+def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) -> Any:
+    """The loss as `evaluate` computes it of a batch `(x, y, sample_weight)`."""
+    x, y, sample_weight = batch
+    arguments = {"x": x, "y": y, "y_pred": outputs, "sample_weight": sample_weight}
+    # Since Keras 3.3; a user's own method may still be without it.
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        arguments["training"] = False
+    return model.compute_loss(**arguments)
+
+
+def _with_training(
+    call: Callable[..., Any], training: bool, args: Any, kwargs: Any
+) -> Any:
+    """Calls a layer's `call`, whatever its signature, with another `training`."""
+    signature = inspect.signature(call)
+    bound = signature.bind(*args, **kwargs)
+    if "training" in signature.parameters:
+        bound.arguments["training"] = training
+    return call(*bound.args, **bound.kwargs)
 
 
 @contextlib.contextmanager
 def batch_mode(
+    model: keras.Model,
     layers: Sequence[BatchNormLayer],
     moments: Callable[[BatchNormLayer], Moments],
     fused: Callable[[BatchNormLayer], Callable[..., Any]] | None = None,
@@ -325,33 +503,65 @@ def batch_mode(
     """Makes `layers` normalise with the statistics that `moments` returns.
 
     Inside, and only for these layer objects, `training` is forced on, frozen
-    layers behave as unfrozen and renormalisation is off. Meant to surround the
-    *tracing* of a function: the traced graph keeps the behaviour, the layers
-    get their attributes back.
+    layers behave as unfrozen and renormalisation is off; the model's other BN layers
+    run in inference mode. Meant to surround the *tracing* of a function: the traced
+    graph keeps the behaviour, the layers get their attributes back.
 
     Args:
+        model: The model.
         layers: The layers.
         moments: Maps a layer to its replacement of `_moments(inputs, mask)`.
         fused: Maps a layer to a whole replacement of its computation,
             `(inputs, mask) -> outputs or None`, for layers whose `call` is
             Keras' own. `None` as its result means: compute it as usual.
     """
+    starting: list[Any] = []
 
     def call(bn: BatchNormLayer) -> Callable[..., Any]:
         own = bn.layer.call
         is_plain = type(bn.layer).call is keras.layers.BatchNormalization.call
         whole = fused(bn) if fused is not None and is_plain else None
 
-        def forced(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-            del training
-            outputs = whole(inputs, mask) if whole is not None else None
-            if outputs is None:
-                outputs = own(inputs, training=True, mask=mask)
-            return outputs
+        @functools.wraps(own)
+        def forced(*args: Any, **kwargs: Any) -> Any:
+            if starting and tf.compat.v1.get_default_graph() is starting[-1]:
+                return _with_training(own, False, args, kwargs)
+            if whole is not None:
+                given = inspect.signature(own).bind(*args, **kwargs).arguments
+                outputs = whole(given["inputs"], given.get("mask"))
+                if outputs is not None:
+                    return outputs
+            return _with_training(own, True, args, kwargs)
 
         return forced
 
+    def pinned(layer: keras.layers.BatchNormalization) -> Callable[..., Any]:
+        own = layer.call
+        return functools.wraps(own)(
+            lambda *args, **kwargs: _with_training(own, False, args, kwargs)
+        )
+
+    def loop(layer: keras.layers.RNN) -> Callable[..., Any]:
+        own = layer.inner_loop
+
+        @functools.wraps(own)
+        def inner_loop(*args: Any, **kwargs: Any) -> Any:
+            # Before the loop, Keras tries the cell once to learn the output's shape:
+            # a call that nothing comes of, and whose input is not to be counted.
+            starting.append(tf.compat.v1.get_default_graph())
+            try:
+                return own(*args, **kwargs)
+            finally:
+                starting.pop()
+
+        return inner_loop
+
     changes: dict[keras.layers.Layer, dict[str, Any]] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            changes[layer] = {"call": pinned(layer)}
+        elif isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            changes[layer] = {"inner_loop": loop(layer)}
     for bn in layers:
         changes[bn.layer] = {
             "call": call(bn),
@@ -436,15 +646,7 @@ def assign(
     """
     new = []
     for bn, statistics in zip(layers, values, strict=True):
-        pairs = bn.new_state(statistics, in_training)
-        for _, value in pairs:
-            if not np.isfinite(value.astype(np.float64)).all():
-                raise ValueError(
-                    f"The statistics of {bn.path} do not fit the layer's dtype. "
-                    f"Received: {value.dtype.name} values that are not finite. "
-                    "Scale the data, or store the statistics in float32."
-                )
-        new += pairs
+        new += bn.new_state(statistics, in_training)
     old = snapshot(layers)
     try:
         for variable, value in new:
@@ -469,7 +671,8 @@ def versions(layers: Sequence[BatchNormLayer]) -> list[int]:
 
 def count_inputs(model: keras.Model) -> int | None:
     """The number of input tensors the model was built for, where it is known."""
-    inputs = getattr(model, "inputs", None)
+    # Keras 3.0 raises for a model without inputs yet.
+    inputs = getattr(model, "inputs", None) if model.built else None
     if inputs is not None:
         return len(tf.nest.flatten(inputs))
     shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
@@ -525,7 +728,8 @@ def _raw_iterations(model: keras.Model) -> Any:
     """The optimizer's own step counter, which counts micro-batches as well."""
     optimizer = getattr(model, "optimizer", None)
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return getattr(optimizer, "_iterations", None)
+    # Before Keras 3.1 `iterations` was the counter itself.
+    return getattr(optimizer, "_iterations", getattr(optimizer, "iterations", None))
 
 
 def steps_made(model: keras.Model) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from bn_callbacks.data import Batches, fits, open_specs
+from bn_callbacks.data import Batches, First, fits, open_specs
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -25,14 +25,21 @@ from bn_callbacks.layers import (
     snapshot,
     steps_made,
 )
-from bn_callbacks.population import Measurement, Population
-from bn_callbacks.report import BatchNormReport, RecalibrationReport, layer_report
+from bn_callbacks.population import Measurement, Population, Until
+from bn_callbacks.report import BatchNormReport, RecalibrationReport, layer_reports
 from bn_callbacks.statistics.diagnosis import Evidence
 from bn_callbacks.statistics.lag import lag
-from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moments import Moments, Statistics
+from bn_callbacks.statistics.sampling import Blocks
 
 RESIDUAL_LIMIT = 1e-3
 """Lag in inference mode at which the fixed point is taken to hold."""
+
+EXTRA_PASSES = 10
+"""Refining passes beyond the number of layers, at most."""
+
+MIN_BATCHES = 16
+"""Batches that are read before `tolerance` may stop a pass."""
 
 FEW_BATCHES = 4
 """Batches that tell whether a long pass for refinement is worth it."""
@@ -72,7 +79,10 @@ def recalibrate(
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         tolerance: Stop the first pass when the standard error of every layer's
-            statistics is below this, in standard deviations. Not yet available.
+            statistics is below this, in standard deviations (0.01 is plenty). It
+            is estimated from how batches differ, so that batches of samples that
+            belong together are not taken for many samples; the data must come in
+            no order, or it stops too early. Further passes use the same batches.
         refine: `"auto"`, or the number of further passes; 0 is the usual Precise
             BN in one pass.
         dropout: Whether dropout, noise and augmentation layers act as in training.
@@ -183,8 +193,8 @@ def audit(
     ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
     ... )
     >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
-    >>> round(report.max_lag, 1)
-    5.0
+    >>> 4.8 < report.max_lag < 5.2
+    True
     """
     check_model(model)
     found = find(model, layers)
@@ -193,19 +203,19 @@ def audit(
         return _report(found, stored, [None] * len(found), model)
     batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
     has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
-    targets, _ = _split(model, found, batches)
+    targets, *_ = _split(model, found, batches)
     loss_batch = loss_inference = None
     seen: dict[BatchNormLayer, Statistics] = {}
     if _is_finite(stored):
         # Frozen layers, and those that never train, see only this side.
         inference = Population(model, found, loss=has_loss).measure(batches, stored)
-        seen.update(zip(found, _statistics(inference, stored), strict=True))
+        seen.update(_seen(found, inference, stored))
         loss_inference = inference.loss
     elif has_loss:
         loss_inference = math.nan
     if targets or has_loss:
         batch = Population(model, targets, loss=has_loss).measure(batches)
-        seen.update(zip(targets, _statistics(batch, read(targets)), strict=True))
+        seen.update(_seen(targets, batch, read(targets)))
         loss_batch = batch.loss
     return _report(
         found, stored, [seen.get(bn) for bn in found], model, loss_batch, loss_inference
@@ -238,9 +248,10 @@ class Recalibration:
     ) -> None:
         check_options(refine, tolerance)
         self._model = model
+        self._tolerance = tolerance
         self._refine = refine
         self._batches = batches
-        self._targets, self._skipped = _targets(model, layers, batches)
+        self._targets, self._skipped, self._uncalled = _targets(model, layers, batches)
         self._population = Population(model, self._targets, dropout=dropout)
         self._validation: Probe | None = None
         if validation_data is not None:
@@ -251,8 +262,12 @@ class Recalibration:
         show = 1 if verbose == "auto" else int(verbose)
         targets = self._targets
         first = self._population.measure(
-            self._batches, target=self._batches.length, verbose=show
+            self._batches,
+            until=self._precise if self._tolerance is not None else None,
+            target=self._batches.length,
+            verbose=show,
         )
+        batches = self._batches.first(first.batches)
         reached = [moments.count > 0 for moments in first.moments]
         if not any(reached):
             raise ValueError(
@@ -261,21 +276,30 @@ class Recalibration:
                 "that are not empty or masked throughout."
             )
         old = read(targets)
-        before = _report(targets, old, _statistics(first, old), self._model)
+        seen = _seen(targets, first, old)
+        uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
+        before = _report(
+            [*targets, *uncalled],
+            [*old, *uncalled.values()],
+            [*seen.values(), *uncalled.values()],
+            self._model,
+        )
         new, residual, passes = _refine(
-            self._population, self._batches, first, old, self._refine, show
+            self._population, batches, first, old, self._refine, show
         )
         loss_before = loss_after = None
         if self._validation is not None:
             loss_before = self._validation.inference_loss(old)
             loss_after = self._validation.inference_loss(new)
-        # `not >`, so that a loss that was NaN before does not count as better.
-        committed = loss_before is None or not (loss_after or 0.0) > loss_before
+        committed = not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
             written = [i for i, is_reached in enumerate(reached) if is_reached]
             assign([targets[i] for i in written], [new[i] for i in written])
-        unreached = itertools.compress(targets, map(operator.not_, reached))
+        unreached = [
+            *itertools.compress(targets, map(operator.not_, reached)),
+            *self._uncalled,
+        ]
         report = RecalibrationReport(
             before=before,
             residual=residual,
@@ -293,6 +317,26 @@ class Recalibration:
             print(report)
         return report
 
+    def _precise(self) -> Until:
+        """Makes a test for whether every layer's statistics are precise enough."""
+        tolerance = self._tolerance or 0.0
+        layers = [(bn.epsilon, Blocks()) for bn in self._targets]
+        count = due = 0
+
+        def is_precise(batch: list[Moments]) -> bool:
+            nonlocal count, due
+            count += 1
+            for (_, blocks), moments in zip(layers, batch, strict=True):
+                blocks.add(moments)
+            if count < max(due, MIN_BATCHES):
+                return False
+            # Rarely enough to cost little, often enough to waste few batches.
+            due = count + count // 8
+            errors = [blocks.standard_error(epsilon) for epsilon, blocks in layers]
+            return all(e is not None and e <= tolerance for e in errors)
+
+        return is_precise
+
 
 class Probe:
     """A model's loss on a sample of data, in both modes of its BN layers.
@@ -308,9 +352,14 @@ class Probe:
     """
 
     def __init__(
-        self, model: keras.Model, data: Any, layers: list[BatchNormLayer] | None = None
+        self,
+        model: keras.Model,
+        data: Any,
+        layers: list[BatchNormLayer] | None = None,
     ) -> None:
-        self._batches = Batches(data, inputs=count_inputs(model))
+        self._data = data
+        self._inputs = count_inputs(model)
+        self._batches = Batches(data, inputs=self._inputs)
         has_targets = next(iter(self._batches))[1] is not None
         if not (model.compiled and has_targets):
             raise ValueError(
@@ -320,13 +369,23 @@ class Probe:
             )
         if layers is None:
             layers = [bn for bn in find(model) if bn.trainable]
-        self._layers = layers
+        self.layers = layers
         self._population = Population(model, layers, loss=True)
 
-    def measure(self) -> tuple[float | None, float | None]:
-        """The loss with batch statistics, and the loss in inference mode."""
+    def measure(
+        self, batch_size: float | None = None
+    ) -> tuple[float | None, float | None]:
+        """The loss with batch statistics, and the loss in inference mode.
+
+        Args:
+            batch_size: Examples a batch in training, where it is known: batch
+                statistics are to be as good as there.
+        """
+        if batch_size is not None:
+            size = max(1, round(batch_size))
+            self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
         batch = self._population.measure(self._batches).loss
-        return batch, self.inference_loss(read(self._layers))
+        return batch, self.inference_loss(read(self.layers))
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
         """The loss if the layers stored these statistics."""
@@ -352,17 +411,25 @@ def check_options(refine: Any, tolerance: Any) -> None:
 
 def _targets(
     model: keras.Model, layers: LayerSelection, batches: Batches
-) -> tuple[list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers to recalibrate and those to leave alone."""
+) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
+    """The layers to recalibrate, those to leave alone, and those never called."""
     found = find(model, layers)
     if not found:
         raise ValueError(
             "The model has no BatchNormalization layer to recalibrate. Received: "
             f"model={model.name!r}. There is nothing to do for it."
         )
-    targets, skipped = _split(model, found, batches)
+    targets, skipped, uncalled = _split(model, found, batches)
+    deaf = [bn for bn in skipped if bn.named]
+    if deaf:
+        raise ValueError(
+            f"The input of {deaf[0].path} cannot be measured: its own `call` never "
+            "asks for the statistics of a batch, whatever `training` is. Received: "
+            f"a {type(deaf[0].layer).__qualname__}. Leave it out of `layers`, or let "
+            "its `call` pass `training` on to `BatchNormalization.call`."
+        )
     if targets:
-        return targets, skipped
+        return targets, skipped, uncalled
     if not any(bn.trainable for bn in found):
         raise ValueError(
             "All BatchNormalization layers are frozen (`trainable=False`). Received: "
@@ -380,18 +447,22 @@ def _targets(
 
 def _split(
     model: keras.Model, found: list[BatchNormLayer], batches: Batches
-) -> tuple[list[BatchNormLayer], list[BatchNormLayer]]:
+) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
+    """The layers that training updates, those it does not, and those never called."""
     first = next(iter(batches))
     with fits(model.name, first[0], 0):
-        is_on = runs_in_training_mode(model, found, open_specs(first[0]))
-    chosen = [bn.named or on for bn, on in zip(found, is_on, strict=True)]
-    targets = list(itertools.compress(found, chosen))
-    return targets, [bn for bn in found if bn not in targets]
+        asks = runs_in_training_mode(model, found, open_specs(first[0]))
+    kinds = (True, False, None)
+    updated, idle, uncalled = (
+        [bn for bn, asked in zip(found, asks, strict=True) if asked is kind]
+        for kind in kinds
+    )
+    return updated, idle, uncalled
 
 
 def _refine(
     population: Population,
-    batches: Batches,
+    batches: First,
     first: Measurement,
     old: list[Statistics],
     refine: int | Literal["auto"],
@@ -399,66 +470,110 @@ def _refine(
 ) -> tuple[list[Statistics], float | None, int]:
     """Further passes. Returns statistics, what remains of lag, and the passes made."""
     layers = population.layers
-    new = _statistics(first, old)
+    new = _stored(layers, first, old)
     if refine == 0:
         return new, None, 1
     length = first.batches
 
-    def measure(statistics: list[Statistics]) -> list[Statistics]:
-        result = population.measure(
+    def measure(statistics: list[Statistics]) -> Measurement:
+        return population.measure(
             batches, statistics, target=batches.length, verbose=verbose
         )
-        return _statistics(result, statistics)
 
     if refine != "auto":
         for _ in range(refine):
-            new = measure(new)
-        return new, _max_lag(layers, measure(new), new), 1 + refine
+            new = _stored(layers, measure(new), new)
+        return new, _max_lag(layers, measure(new), new), 2 + refine
 
     if length >= 8 * FEW_BATCHES:
         few = list(itertools.islice(batches, FEW_BATCHES))
-        by_batch = _statistics(population.measure(few), old)
-        by_population = _statistics(population.measure(few, new), new)
-        residual = _max_lag(layers, by_population, by_batch)
+        by_batch = [moments.statistics for moments in population.measure(few).moments]
+        residual = _max_lag(layers, population.measure(few, new), by_batch)
         if residual <= RESIDUAL_LIMIT / 10:
             return new, residual, 1
 
     best, best_residual, previous, passes = new, math.inf, new, 1
-    # Layer k is exact after k passes, and one more pass shows it.
-    while passes < len(layers) + 3:
+    # Layer k is exact after k passes, and one more pass shows it. A layer whose
+    # input depends on its own statistics, as in a recurrent cell, takes a few more.
+    while passes < len(layers) + EXTRA_PASSES:
         seen = measure(previous)
         passes += 1
         residual = _max_lag(layers, seen, previous)
         if residual < best_residual:
             best, best_residual = previous, residual
-        # The input of the first layer depends on no statistics: where even that
-        # changes, the data differ from pass to pass, and so much is noise.
-        noise = _max_lag(layers[:1], seen[:1], new[:1])
+        # Where even an input that depends on no statistics changes, the data differ
+        # from pass to pass, and so much is noise.
+        entry = population.entry
+        noise = _max_lag(layers, seen, new, only=entry) if entry is not None else 0.0
         if residual <= max(RESIDUAL_LIMIT, 2 * noise):
             break
-        previous = seen
+        previous = _stored(layers, seen, previous)
+    if math.isinf(best_residual):
+        worst = next(
+            bn
+            for bn, moments in zip(layers, seen.moments, strict=True)
+            if not _is_finite([moments.statistics])
+        )
+        raise ValueError(
+            f"In inference mode the input of {worst.path} overflows, with any "
+            f"statistics tried. Received: NaN or infinity in each of {passes - 1} "
+            "passes. Look for huge weights in the layers before."
+        )
     return best, best_residual, passes
 
 
 def _max_lag(
     layers: Sequence[BatchNormLayer],
-    batch: Sequence[Statistics],
-    moving: Sequence[Statistics],
+    measured: Measurement,
+    stored: Sequence[Statistics],
+    only: BatchNormLayer | None = None,
 ) -> float:
-    pairs = zip(layers, batch, moving, strict=True)
-    return max(
-        (lag(seen, stored, bn.epsilon) for bn, seen, stored in pairs), default=0.0
-    )
-
-
-def _statistics(
-    measured: Measurement, otherwise: Sequence[Statistics]
-) -> list[Statistics]:
-    """Measured statistics, or others for a layer that nothing reached."""
-    return [
-        moments.statistics if moments.count > 0 else other
-        for moments, other in zip(measured.moments, otherwise, strict=True)
+    """The largest lag of any layer that the data have reached."""
+    lags = [
+        lag(moments.statistics, statistics, bn.epsilon)
+        for bn, moments, statistics in zip(
+            layers, measured.moments, stored, strict=True
+        )
+        if moments.count > 0 and (only is None or bn is only)
     ]
+    return max(lags, default=0.0)
+
+
+def _stored(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    otherwise: Sequence[Statistics],
+) -> list[Statistics]:
+    """What each layer would store: what was measured, or else what it had.
+
+    Nothing is measured of a layer that the data never reach, nor where statistics of
+    the layers before, not yet right, have made the activations overflow.
+    """
+    return [
+        bn.rounded(moments.statistics)
+        if moments.count > 0 and _is_finite([moments.statistics])
+        else other
+        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
+    ]
+
+
+def _seen(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    otherwise: Sequence[Statistics],
+) -> dict[BatchNormLayer, Statistics]:
+    """Measured statistics by layer, or others where nothing reached a layer."""
+    return {
+        bn: moments.statistics if moments.count > 0 else other
+        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
+    }
+
+
+def _is_worse(after: float | None, before: float | None) -> bool:
+    """Whether the loss has risen, or is no number any more."""
+    if after is None or before is None:
+        return False
+    return after > before or (math.isnan(after) and not math.isnan(before))
 
 
 def _is_finite(statistics: Sequence[Statistics]) -> bool:
@@ -475,22 +590,25 @@ def _report(
 ) -> BatchNormReport:
     report = BatchNormReport(loss_batch=loss_batch, loss_inference=loss_inference)
     steps = steps_made(model)
-    reports = []
+    evidence = []
     for bn, moving, batch in zip(layers, stored, seen, strict=True):
         start = bn.initial
         is_initial = all(map(np.array_equal, moving, start))
-        evidence = Evidence(
-            path=bn.path,
-            momentum=bn.momentum,
-            epsilon=bn.epsilon,
-            moving=moving,
-            batch=batch,
-            trainable=bn.trainable,
-            updates=steps * bn.calls if steps else None,
-            start=start,
-            is_still=bool(steps) and is_initial,
-            is_initial=is_initial,
-            loss_gap=report.loss_gap,
+        evidence.append(
+            Evidence(
+                path=bn.path,
+                momentum=bn.momentum,
+                epsilon=bn.epsilon,
+                moving=moving,
+                batch=batch,
+                trainable=bn.trainable,
+                updates=steps * bn.calls if steps or is_initial else None,
+                start=start,
+                is_still=bool(steps) and is_initial,
+                is_initial=is_initial,
+                precision=bn.precision,
+                has_mixed_calls=bn.calls > 1,
+                loss_gap=report.loss_gap,
+            )
         )
-        reports.append(layer_report(evidence))
-    return dataclasses.replace(report, layers=tuple(reports))
+    return dataclasses.replace(report, layers=layer_reports(evidence))

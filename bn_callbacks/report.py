@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bn_callbacks.statistics.diagnosis import HEALTHY, Evidence, diagnose
+from bn_callbacks.statistics.diagnosis import HEALTHY, Evidence, diagnose_model
 
 
 class BatchNormWarning(UserWarning):
@@ -49,6 +49,9 @@ class LayerReport:
         suggested_momentum: A momentum that would do better.
         design_effect: Variance between batches over what a random sample of
             the same size would have.
+        batch_noise: Standard deviation of one batch's statistics that sampling
+            causes, in standard deviations of the input.
+        batch_variation: Coefficient of variation of the batches' variances.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
     """
 
@@ -63,16 +66,21 @@ class LayerReport:
     momentum: float | None = None
     suggested_momentum: float | None = None
     design_effect: float | None = None
+    batch_noise: float | None = None
+    batch_variation: float | None = None
     advice: str = ""
 
 
-def layer_report(evidence: Evidence) -> LayerReport:
-    """Diagnoses one layer and puts the verdict beside what was known of it."""
-    return LayerReport(
-        path=evidence.path,
-        updates=evidence.updates,
-        momentum=evidence.momentum,
-        **vars(diagnose(evidence)),
+def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
+    """Diagnoses all layers and puts the verdicts beside what was known of them."""
+    return tuple(
+        LayerReport(
+            path=seen.path,
+            updates=seen.updates,
+            momentum=seen.momentum,
+            **vars(diagnosis),
+        )
+        for seen, diagnosis in zip(evidence, diagnose_model(evidence), strict=True)
     )
 
 

@@ -3,63 +3,140 @@
 from collections.abc import Mapping
 from typing import Any
 
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_callbacks.layers import steps_per_execution
+
 
 class StepCounter:
-    """Counts training steps from what Keras tells a callback.
+    """Counts the training steps of an epoch from what Keras tells a callback.
 
-    `on_train_batch_begin(batch)` says that `batch` steps of the epoch are done. How
-    many more the last execution made, Keras does not say: `steps_per_execution` may
-    not divide the epoch, and data of unknown length end with an execution that was
-    begun but never made. The optimizer's counter settles it, or the number of steps
-    that `fit` announced; where neither can be right, the number is unknown.
+    `on_train_batch_begin` tells how many steps were made before. How many more
+    followed, Keras does not say: `steps_per_execution` may not divide the epoch, and
+    data may run out, which Keras notices only in an execution that it has begun. The
+    optimizer's counter helps, but is no witness alone: TensorFlow raises it even in
+    a step that fails for want of data, and loss scaling leaves out steps. So what
+    `fit` announced is asked too, and whether the moving averages have moved. Where
+    all this leaves a doubt, the number is unknown.
+
+    Args:
+        model: The model in training.
+        params: The `params` of the callback, which `fit` has set.
     """
 
-    def __init__(self) -> None:
-        self._begun: int | None = None
-        self._origin: int | None = None
+    def __init__(self, model: keras.Model, params: Mapping[str, Any] | None) -> None:
+        self._model = model
+        self._announced = announced_steps(params)
+        self._is_fit = "steps" in (params or {})
+        self._per_execution = steps_per_execution(model)
+        # Older versions run and count on, though only a part of the steps has data.
+        self._stops_at_the_end = hasattr(model, "unrolled_steps_per_execution")
+        optimizer = getattr(model, "optimizer", None)
+        self._leaves_out = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self.begin_epoch()
 
     def begin_epoch(self) -> None:
         """Forgets the epoch before."""
-        self._begun = None
+        self._first: int | None = None
+        self._done = 0
+        self._origin: int | None = None
+        self._first_reading: NDArray[np.float64] | None = None
+        self._last_reading: tuple[int, NDArray[np.float64]] | None = None
 
-    def begin_batch(self, batch: int) -> None:
-        """Notes that an execution begins after `batch` steps of the epoch."""
-        self._begun = batch
+    def begin_batch(self, batch: int) -> int:
+        """Notes that an execution begins.
 
-    def set_origin(self, iterations: int | None) -> None:
-        """Notes the optimizer's counter before the first step of an epoch."""
-        self._origin = iterations
+        Args:
+            batch: What Keras calls it. Not every epoch begins with 0: Keras 3.0 and
+                hand-written loops may count in other ways.
+
+        Returns:
+            The number of steps made in the epoch before.
+        """
+        if self._first is None:
+            self._first = batch
+        self._done = batch - self._first
+        return self._done
 
     @property
     def has_begun(self) -> bool:
         """Whether a batch of this epoch has begun."""
-        return self._begun is not None
+        return self._first is not None
+
+    @property
+    def needs_reading(self) -> bool:
+        """Whether the last announced execution begins, so that `observe` matters."""
+        last = self._done + self._per_execution
+        return self._announced is not None and self._announced <= last
+
+    def observe(self, iterations: int | None, averages: NDArray[np.float64]) -> None:
+        """Notes a reading, as a batch begins; the first of an epoch is a must.
+
+        Args:
+            iterations: The optimizer's counter, None without one.
+            averages: The moving averages.
+        """
+        is_first = self._first_reading is None
+        # Not always: a counter that counts in its own way would go unnoticed.
+        if iterations is not None and (is_first or self._leaves_out):
+            self._origin = iterations - self._done
+        if is_first:
+            self._first_reading = averages
+        self._last_reading = self._done, averages
 
     def finish(
-        self,
-        iterations: int | None,
-        announced: int | None,
-        steps_per_execution: int,
+        self, iterations: int | None, averages: NDArray[np.float64]
     ) -> int | None:
         """Steps made in the epoch that has ended.
 
         Args:
             iterations: The optimizer's counter now, None without one.
-            announced: Steps per epoch that `fit` announced, None if unknown.
-            steps_per_execution: As given to `compile`.
+            averages: The moving averages now.
 
         Returns:
             The number of steps, or None where it cannot be known.
         """
-        if self._begun is None:
+        if not self.has_begun:
             return 0
-        possible = range(self._begun, self._begun + steps_per_execution + 1)
+        counted = -1
         if iterations is not None and self._origin is not None:
             counted = iterations - self._origin
-            # A custom step may use several optimizers, or skip some.
+        done, full = self._done, self._done + self._per_execution
+        # The execution before may have met the end of the data already.
+        earlier = range(done, done + 1)
+        if self._stops_at_the_end:
+            earlier = range(done - self._per_execution + 1, done + 1)
+        has_moved = self._has_moved(averages)
+        if has_moved is False:
+            return counted if counted in earlier else done
+        possible = range(done + 1 if has_moved else done, full + 1)
+        announced = self._announced
+        if announced is not None and announced in possible:
+            return min(counted, announced) if counted in possible else announced
+        if getattr(self._model, "stop_training", False) or not self._is_fit:
+            # Whoever ends an epoch on purpose ends it after an execution.
             if counted in possible:
                 return counted
-        return announced if announced in possible else None
+            return full if self._is_fit else None
+        # The data ran out.
+        if announced is None and self._per_execution == 1:
+            return done
+        is_partial = announced is not None and self._stops_at_the_end
+        if counted in earlier or (is_partial and counted in possible[:-1]):
+            return counted
+        return None
+
+    def _has_moved(self, averages: NDArray[np.float64]) -> bool | None:
+        """Whether the last execution has moved the averages; None if unknown."""
+        if self._last_reading is None or self._last_reading[0] != self._done:
+            return None
+        if not np.array_equal(self._last_reading[1], averages, equal_nan=True):
+            return True
+        # Averages that never move tell nothing.
+        is_still = np.array_equal(self._first_reading, averages, equal_nan=True)
+        return None if is_still else False
 
 
 def announced_steps(params: Mapping[str, Any] | None) -> int | None:

@@ -56,16 +56,21 @@ class ReportWriter:
     def mark(self, report: RecalibrationReport, step: int) -> None:
         """Leaves a mark where a recalibration took place.
 
+        The last one may come after `close`; what it opens it closes.
+
         Args:
             report: What the recalibration reported.
             step: The optimizer's step.
         """
+        is_closed = self._writer is None
         with self._open().as_default(step):
             if report.residual is not None:
                 self._scalar(
                     "bn/summary/residual", report.residual, "Lag left by recalibration"
                 )
             tf.summary.text("bn/recalibration", str(report))
+        if is_closed:
+            self.close()
 
     def close(self) -> None:
         """Closes the event file; the next `write` opens a new one."""

@@ -2,16 +2,27 @@
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_callbacks.layers import BatchNormLayer, Reader, versions
+from bn_callbacks.layers import (
+    BatchNormLayer,
+    Reader,
+    has_own_train_step,
+    pinned_in_graph,
+    versions,
+)
 from bn_callbacks.statistics.diagnosis import FORGOTTEN, Evidence
 from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.statistics.moving_average import start_weight, window_statistic
+from bn_callbacks.statistics.moving_average import (
+    start_weight,
+    window_noise,
+    window_statistic,
+)
+from bn_callbacks.statistics.stream import MIN_WINDOWS
 
 KEPT_WINDOWS = 16
 """Windows remembered for the estimate of noise."""
@@ -30,6 +41,7 @@ class _Window:
     new: Flat
     steps: int
     is_valid: NDArray[np.bool_]
+    epoch: int = 0
 
 
 class Windows:
@@ -38,32 +50,78 @@ class Windows:
     Args:
         model: The model in training.
         layers: The layers to follow.
+        length: Steps of a window. What is read more often is joined until it is as
+            long, so that nothing depends on how often one reads.
     """
 
-    def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
+    def __init__(
+        self, model: keras.Model, layers: Sequence[BatchNormLayer], length: int
+    ) -> None:
         self.layers = list(layers)
+        self._length = length
         self._reader = Reader(model, layers)
         self._kept: deque[_Window] = deque(maxlen=KEPT_WINDOWS)
         self._updates = np.zeros(len(layers), int)
         self._has_moved = np.zeros(len(layers), bool)
         self._calls = np.array([bn.calls for bn in layers], int)
         self._now = self._start = self._reader()[1]
-        self._is_initial = [
-            all(map(np.array_equal, self._part(self._now, index), bn.initial))
-            for index, bn in enumerate(self.layers)
-        ]
         self._versions = versions(layers)
+        self._epoch = 0
+        self._epochs: tuple[list[_Window], list[_Window]] = ([], [])
+        self._pinned = pinned_in_graph(model)
+        self._is_own_step = has_own_train_step(model)
 
-    def rebase(self) -> int | None:
+    def rebase(self) -> tuple[int | None, Flat]:
         """Reads afresh where others may have written since the last reading.
 
         Returns:
-            The optimizer's step counter, None without one.
+            As `read`.
         """
         iterations, now = self._reader()
-        self._restart(~self._is_same(self._now, now))
+        is_foreign = ~self._is_same(self._now, now)
         self._now = now
-        return iterations
+        self._restart(is_foreign)
+        return iterations, now
+
+    def end_epoch(self) -> None:
+        """Keeps the windows of the epoch for comparison with the next one's."""
+        windows = [window for window in self._kept if window.epoch == self._epoch]
+        self._epochs = (self._epochs[1], windows)
+        self._epoch += 1
+
+    def _recurrence(self, index: int) -> float | None:
+        """Variance of the windows' means in an epoch, if each epoch repeats it.
+
+        That is what examples in an order do, and neither noise nor weights that move.
+        In units of the batch variance; None if the epochs cannot be compared.
+        """
+        before, after = (
+            [w for w in epoch if w.is_valid[index] and w.steps == self._length]
+            for epoch in self._epochs
+        )
+        if len(after) < MIN_WINDOWS or len(before) != len(after):
+            return None
+        bn = self.layers[index]
+        if bn.momentum == 1:
+            return None
+        series = [
+            [self._batch(w.old, w.new, w.steps, index) for w in epoch]
+            for epoch in (before, after)
+        ]
+        means = np.array([[w.mean for w in epoch] for epoch in series])
+        unit = np.mean([w.variance for w in series[1]], axis=0) + bn.epsilon
+        spread = float(np.mean(means.var(axis=1) / unit))
+        change = float(np.mean(np.square(means[1] - means[0]) / unit))
+        return spread if change < spread / 2 else 0.0
+
+    def updating(self) -> list[BatchNormLayer]:
+        """The layers that use batches: those not frozen, and those that moved."""
+        pairs = zip(self.layers, self._has_moved, strict=True)
+        return [bn for bn, has_moved in pairs if bn.trainable or has_moved]
+
+    def is_untouched(self) -> bool:
+        """Whether nobody has written the averages since the last reading."""
+        return bool(self._is_same(self._now, self._reader()[1]).all())
 
     def read(self) -> tuple[int | None, Flat]:
         """The optimizer's step counter and all averages now, for `close`."""
@@ -75,7 +133,8 @@ class Windows:
         Args:
             now: The averages, as `read` gives them.
             steps: Training steps since the reading before; None if unknown, which
-                drops the window.
+                drops the window. Negative where data ran out before that reading
+                already, so that its window was shorter than was thought.
         """
         if steps == 0:
             return
@@ -86,9 +145,19 @@ class Windows:
         else:
             self._updates += steps * self._calls
             self._has_moved |= ~self._is_same(self._now, now)
-            self._kept.append(_Window(self._now, now, steps, is_valid))
+            self._keep(_Window(self._now, now, steps, is_valid, self._epoch))
         self._now = now
         self._restart(~is_valid)
+
+    def _keep(self, window: _Window) -> None:
+        last = self._kept[-1] if self._kept else None
+        if last is not None and last.new is window.old:
+            is_short = last.steps < self._length or window.steps < 0
+            if is_short and np.array_equal(last.is_valid, window.is_valid):
+                self._kept.pop()
+                window = replace(window, old=last.old, steps=last.steps + window.steps)
+        if window.steps > 0:
+            self._kept.append(window)
 
     def _restart(self, which: NDArray[np.bool_]) -> None:
         """Counts afresh for layers whose averages hold something else than batches."""
@@ -123,8 +192,17 @@ class Windows:
             if bn.momentum < 1
             else [],
             window_updates=equal[0].steps * bn.calls if equal else None,
+            window_share=window_noise(bn.momentum, equal[0].steps * bn.calls)
+            if equal
+            else None,
             is_still=updates > 0 and not self._has_moved[index],
-            is_initial=self._is_initial[index],
+            is_initial=all(
+                map(np.array_equal, self._part(self._start, index), bn.initial)
+            ),
+            is_pinned=id(bn.layer) in self._pinned,
+            precision=bn.precision,
+            has_mixed_calls=bn.calls > 1 or self._is_own_step,
+            recurrence=self._recurrence(index),
             threshold=threshold,
         )
 

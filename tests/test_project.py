@@ -13,8 +13,8 @@ PACKAGE = ROOT / "bn_callbacks"
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
     {"statistics"},
-    {"data", "layers", "report", "steps"},
-    {"population", "windows", "findings"},
+    {"data", "layers", "report"},
+    {"examples", "findings", "population", "start_values", "steps", "windows"},
     {"recalibration", "tensorboard"},
     {"callbacks"},
     {"demo"},

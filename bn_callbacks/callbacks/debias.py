@@ -4,22 +4,12 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 
-from bn_callbacks.layers import (
-    Reader,
-    assign,
-    check_model,
-    find,
-    is_built,
-    set_corrected,
-    steps_per_execution,
-    versions,
-)
+from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.layers import check_model, find, is_built
 from bn_callbacks.report import BatchNormWarning
-from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.statistics.moving_average import debias
-from bn_callbacks.steps import StepCounter, announced_steps
+from bn_callbacks.start_values import StartValues
+from bn_callbacks.steps import StepCounter
 
 
 class DebiasBatchNorm(keras.callbacks.Callback):
@@ -59,47 +49,36 @@ class DebiasBatchNorm(keras.callbacks.Callback):
 
     def __init__(self) -> None:
         super().__init__()
+        self.params: dict[str, Any] | None = None
         self._is_fitting = False
-        self._reader: Reader | None = None
-        self._anchor = np.zeros(0)
+        self._starts: StartValues | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
+        gather(self.model)
         self._is_fitting = True
-        self._has_warned = False
-        self._counter = StepCounter()
-        set_corrected(self.model, True)
+        self._has_warned = self._has_news = False
+        self._counter = StepCounter(self.model, self.params)
+        before, self._starts = self._starts, None
         if is_built(self.model):
-            self._begin()
-
-    def _begin(self) -> None:
-        layers = find(self.model)
-        reader = Reader(self.model, layers) if layers else None
-        is_same = self._reader is not None and [
-            bn.layer for bn in self._reader.layers
-        ] == [bn.layer for bn in layers]
-        if reader is None:
-            self._reader = None
-            return
-        _, now = reader()
-        if not (is_same and np.array_equal(now, self._anchor)):
-            self._anchor = now
-            self._weights = np.ones(len(layers))
-        self._reader = reader
-        self._steps: int | None = 0
-        self._versions = versions(layers)
+            self._starts = StartValues(self.model, find(self.model), before=before)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        company(self.model).debiases = True
         self._counter.begin_epoch()
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        if self._reader is None:
-            return
-        if not self._counter.has_begun:
-            self._counter.set_origin(self._reader()[0])
+        is_first = not self._counter.has_begun
+        is_late = self._starts is None
         self._counter.begin_batch(batch)
+        starts = self._find_starts()
+        if starts is not None:
+            if is_first:
+                self._counter.observe(*starts.rebase())
+            elif is_late or self._counter.needs_reading:
+                self._counter.observe(*starts.read())
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -111,67 +90,32 @@ class DebiasBatchNorm(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        set_corrected(self.model, False)
         self._debias()
 
+    def _find_starts(self) -> StartValues | None:
+        if self._starts is None and is_built(self.model):
+            # The first step of training has built the model.
+            self._starts = StartValues(self.model, find(self.model), is_late=True)
+        return self._starts
+
     def _end_epoch(self) -> None:
-        if self._reader is None or not self._counter.has_begun:
-            return
-        made = self._counter.finish(
-            self._reader()[0],
-            announced_steps(self.params),
-            steps_per_execution(self.model),
-        )
-        known = made is not None and self._steps is not None
-        self._steps = self._steps + made if known else None  # type: ignore[operator]
+        starts = self._find_starts()
+        if starts is not None and self._counter.has_begun:
+            starts.advance(self._counter.finish(*starts.read()))
+            self._has_news = True
         self._counter.begin_epoch()
 
     def _debias(self) -> None:
-        if self._reader is None or self._steps == 0:
+        if self._starts is None or not self._has_news:
             return
-        if self._steps is None:
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    "DebiasBatchNorm cannot know how many steps were made, and leaves "
-                    "the statistics as they are. Received: steps=None. Pass "
-                    "`steps_per_epoch` to `fit`, or recalibrate instead.",
-                    BatchNormWarning,
-                    stacklevel=2,
-                )
-            return
-        layers = self._reader.layers
-        self._drop_foreign()
-        _, now = self._reader()
-        chosen, values = [], []
-        for index, bn in enumerate(layers):
-            self._weights[index] *= bn.momentum ** (self._steps * bn.calls)
-            weight = float(self._weights[index])
-            if weight == 1 or not bn.trainable:
-                continue
-            mean, second = (
-                debias(value, start, weight)
-                for value, start in zip(
-                    self._reader.averages(now, index),
-                    self._reader.averages(self._anchor, index),
-                    strict=True,
-                )
+        self._has_news = False
+        self._starts.take_out()
+        if not self._starts.is_known and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "DebiasBatchNorm cannot know how many steps were made, and leaves "
+                "the statistics as they are. Received: steps=None. Pass "
+                "`steps_per_epoch` to `fit`, or recalibrate instead.",
+                BatchNormWarning,
+                stacklevel=2,
             )
-            statistics = bn.statistics(np.stack([mean, second]))
-            if all(np.isfinite(part).all() for part in statistics):
-                chosen.append(bn)
-                values.append(
-                    Statistics(statistics.mean, np.maximum(statistics.variance, 0))
-                )
-        assign(chosen, values, in_training=False)
-        self._anchor = self._reader()[1]
-        self._versions = versions(layers)
-        self._steps = 0
-
-    def _drop_foreign(self) -> None:
-        """What others have written is no start value to be taken out."""
-        assert self._reader is not None
-        current = versions(self._reader.layers)
-        for index, version in enumerate(self._versions):
-            if current[index] != version:
-                self._weights[index] = 0.0

@@ -8,19 +8,20 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
+    Fingerprint,
     LayerSelection,
     check_model,
     find,
     is_built,
-    is_corrected,
     iterations,
-    steps_per_execution,
 )
 from bn_callbacks.recalibration import Probe
-from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_report
-from bn_callbacks.statistics.diagnosis import DEFAULT_THRESHOLD
+from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
+from bn_callbacks.statistics.diagnosis import DEFAULT_THRESHOLD, HEALTHY, WARMING_UP
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
 from bn_callbacks.tensorboard import ReportWriter
 from bn_callbacks.windows import Windows
@@ -28,6 +29,7 @@ from bn_callbacks.windows import Windows
 MAX_INTERVAL = 100
 MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
+WINDOWS_PER_EPOCH = 5
 
 
 class BatchNormMonitor(keras.callbacks.Callback):
@@ -106,7 +108,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
                 f"on_lag={on_lag!r}."
             )
-        if not threshold > 0:
+        if not (isinstance(threshold, (int, float)) and threshold > 0):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
                 f"Received: threshold={threshold!r}."
@@ -118,6 +120,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
             )
+        self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
         self.threshold = threshold
@@ -130,41 +133,60 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
+        gather(self.model)
         self.report = None
         self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
         self._findings: Findings | None = None
-        self._counter = StepCounter()
+        self._counter = StepCounter(self.model, self.params)
+        self._first_epoch: int | None = None
         self._steps_done = 0
         self._epochs_done = 0
-        self._read_at = self._written_at = 0
+        self._read_at: int | None = None
+        self._written_at = 0
         self._writer = ReportWriter(self.log_dir) if self.log_dir else None
         if is_built(self.model):
             self._start()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        if self._writer is not None:
+            company(self.model).writer = self._writer
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
         self._counter.begin_epoch()
+        self._read_at = None
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
+        done = self._counter.begin_batch(batch)
+        if self._findings is None and is_built(self.model):
+            # A model that its first step builds is watched from the second on.
+            self._start()
         if self._windows is None:
-            # A model of a hand-written loop may be built by its first step only.
-            if self._findings is None and is_built(self.model):
-                self._start()
             return
-        if not self._counter.has_begun:
-            self._counter.set_origin(self._windows.rebase())
-            self._read_at = self._written_at = batch
-        elif batch - self._read_at >= self._interval:
-            _, now = self._windows.read()
-            self._windows.close(now, batch - self._read_at)
-            self._read_at = batch
-            if self._writer is not None and batch - self._written_at >= self._frequency:
-                self._written_at = batch
-                self._writer.write(self._make_report(), iterations(self.model))
-        self._counter.begin_batch(batch)
+        if self._read_at is None:
+            self._counter.observe(*self._windows.rebase())
+            self._read_at = self._written_at = done
+            return
+        is_writing = (
+            self._writer is not None and done - self._written_at >= self._frequency
+        )
+        if is_writing or done - self._read_at >= self._interval:
+            reading = self._windows.read()
+            self._counter.observe(*reading)
+            self._windows.close(reading[1], done - self._read_at)
+            self._examples.observe(done)
+            self._read_at = done
+        elif self._counter.needs_reading:
+            self._counter.observe(*self._windows.read())
+        if is_writing and self._writer is not None:
+            self._written_at = done
+            self._writer.write(self._make_report(), iterations(self.model))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -176,8 +198,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 logs["bn_lag"] = 0.0
             return
         self._end_epoch()
-        losses = self._probe.measure() if self._probe else (None, None)
-        self.report = report = self._make_report(losses)
+        self.report = report = self._make_report(self._losses())
         if logs is not None:
             logs["bn_lag"] = report.max_lag
             if report.loss_gap is not None:
@@ -190,10 +211,20 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
+        self._close()
+        if self._windows is None or self.report is None:
+            return
+        if not self._windows.is_untouched():
+            # Restored or corrected: the report is about something that is gone.
+            return
+        if self._fingerprint() != self._weights:
+            # By the optimizer's averages, for one.
+            self.report = self._make_report(self._losses(), are_weights_replaced=True)
+        self._tell(self.report, 0)
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        if self.report is not None:
-            self._tell(self.report, 0)
 
     def _start(self) -> None:
         layers = find(self.model, self.layers)
@@ -206,70 +237,105 @@ class BatchNormMonitor(keras.callbacks.Callback):
             )
             return
         if self.probe is not None:
-            self._probe = Probe(self.model, self.probe)
-        self._windows = Windows(self.model, layers)
+            unfrozen = [bn for bn in layers if bn.trainable]
+            self._probe = Probe(self.model, self.probe, unfrozen)
         self._interval = reading_interval(
-            [bn.momentum for bn in layers], self._total_steps()
+            [bn.momentum for bn in layers],
+            self._total_steps(),
+            announced_steps(self.params),
         )
-        self._frequency = self._interval
-        if self.update_freq != "auto":
-            self._frequency = (
-                1 if self.update_freq == "batch" else int(self.update_freq)
-            )
-            self._interval = min(self._interval, self._frequency)
+        self._frequency = (
+            int(self.update_freq)
+            if isinstance(self.update_freq, int)
+            else {"auto": self._interval, "batch": 1}[self.update_freq]
+        )
+        self._windows = Windows(self.model, layers, self._interval)
+        self._examples = ExampleCounter(self.model)
+        self._fingerprint = Fingerprint(self.model)
+        self._weights = self._fingerprint()
 
     def _end_epoch(self) -> None:
         """Closes the last window of an epoch, before anybody writes statistics."""
-        if self._windows is None or not self._counter.has_begun:
+        if self._windows is None or self._read_at is None:
             return
-        iterations_now, now = self._windows.read()
-        steps = self._counter.finish(
-            iterations_now,
-            announced_steps(self.params),
-            steps_per_execution(self.model),
+        reading = self._windows.read()
+        steps = self._counter.finish(*reading)
+        self._windows.close(
+            reading[1], None if steps is None else steps - self._read_at
         )
-        self._windows.close(now, None if steps is None else steps - self._read_at)
+        self._windows.end_epoch()
+        self._examples.finish(steps)
+        self._weights = self._fingerprint()
         self._steps_done += self._read_at if steps is None else steps
         self._epochs_done += 1
-        self._counter.begin_epoch()
+        self._begin_epoch()
+
+    def _losses(self) -> tuple[float | None, float | None]:
+        if self._probe is None:
+            return None, None
+        assert self._windows is not None
+        updating = self._windows.updating()
+        if updating != self._probe.layers:
+            # A layer that was frozen after `compile` trains on, and counts.
+            self._probe = Probe(self.model, self.probe, updating)
+        return self._probe.measure(self._examples.batch_size)
 
     def _total_steps(self) -> int | None:
         steps, epochs = announced_steps(self.params), announced_epochs(self.params)
         if steps is None and self._epochs_done:
             steps = self._steps_done // self._epochs_done
-        return steps * epochs if steps and epochs else None
+        if steps is None or epochs is None:
+            return None
+        return steps * (epochs - (self._first_epoch or 0))
 
     def _steps_left(self) -> int | None:
         total = self._total_steps()
         return None if total is None else max(0, total - self._steps_done)
 
     def _make_report(
-        self, losses: tuple[float | None, float | None] = (None, None)
+        self,
+        losses: tuple[float | None, float | None] = (None, None),
+        are_weights_replaced: bool = False,
     ) -> BatchNormReport:
         assert self._windows is not None
         report = BatchNormReport((), *losses)
-        layers = [
-            layer_report(
-                dataclasses.replace(
-                    self._windows.evidence(index, self._total_steps(), self.threshold),
-                    loss_gap=report.loss_gap,
-                )
+        evidence = [
+            dataclasses.replace(
+                self._windows.evidence(index, self._total_steps(), self.threshold),
+                batch_size=self._examples.batch_size,
+                last_batch_size=self._examples.last_batch_size,
+                are_weights_replaced=are_weights_replaced,
+                loss_gap=report.loss_gap,
             )
             for index in range(len(self._windows.layers))
         ]
-        return dataclasses.replace(report, layers=tuple(layers))
+        return dataclasses.replace(report, layers=layer_reports(evidence))
 
     def _tell(self, report: BatchNormReport, steps_left: int | None) -> None:
         if self._findings is None or self.on_lag == "ignore":
             return
-        messages = self._findings.messages(report, steps_left, is_corrected(self.model))
-        for message in messages:
+        others = company(self.model)
+        if others.debiases:
+            report = _without(report, WARMING_UP)
+        for message in self._findings.messages(report, steps_left, others.recalibrates):
             if self.on_lag == "raise":
+                self._close()
                 raise BatchNormLagWarning(message)
             warnings.warn(message, BatchNormLagWarning, stacklevel=2)
 
 
-def reading_interval(momenta: Sequence[float], total_steps: int | None) -> int:
+def _without(report: BatchNormReport, cause: str) -> BatchNormReport:
+    """The report as it will be when something has been cured."""
+    layers = [
+        dataclasses.replace(layer, cause=HEALTHY) if layer.cause == cause else layer
+        for layer in report.layers
+    ]
+    return dataclasses.replace(report, layers=tuple(layers))
+
+
+def reading_interval(
+    momenta: Sequence[float], total_steps: int | None, epoch_steps: int | None = None
+) -> int:
     """Training steps between two readings.
 
     Half the memory `1/(1 − m)` of the average, so that it and the window are not the
@@ -279,12 +345,15 @@ def reading_interval(momenta: Sequence[float], total_steps: int | None) -> int:
     Args:
         momenta: Momentum of each layer.
         total_steps: Training steps of the whole `fit`, None if unknown.
+        epoch_steps: Training steps of an epoch, None if unknown.
 
     Returns:
         A number of steps, from 1 to 100.
     """
     memory = 0.5 / max(1 - max(momenta), 0.5 / MAX_INTERVAL)
     interval = max(MIN_INTERVAL, min(MAX_INTERVAL, round(memory)))
+    if epoch_steps is not None:
+        interval = max(MIN_INTERVAL, min(interval, epoch_steps // WINDOWS_PER_EPOCH))
     if total_steps is not None:
         interval = min(interval, max(1, total_steps // WINDOWS_PER_FIT))
     return interval

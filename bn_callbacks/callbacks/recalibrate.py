@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import keras
 
+from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.data import Batches
 from bn_callbacks.layers import (
     LayerSelection,
@@ -11,8 +12,9 @@ from bn_callbacks.layers import (
     check_model,
     count_inputs,
     find,
+    is_built,
+    iterations,
     restore,
-    set_corrected,
     snapshot,
     uses_ema,
 )
@@ -102,14 +104,21 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         self.report: RecalibrationReport | None = None
         self._is_fitting = False
         self._batches: Batches | None = None
+        self._saved: Snapshot | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
+        gather(self.model)
         self.report = None
         self._is_fitting = True
         self._recalibration: Recalibration | None = None
-        self._saved: Snapshot | None = None
-        set_corrected(self.model, True)
+        self._saved = None
+        if is_built(self.model):
+            # What is wrong with the arguments shows before hours of training.
+            self._prepare()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        company(self.model).recalibrates = True
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting and self.when == "validation":
@@ -127,13 +136,12 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        set_corrected(self.model, False)
         # Again at the end even for "epoch_end" if averaged weights have come in.
         if self.when != "epoch_end" or uses_ema(self.model):
             self._recalibrate()
         self._recalibration = None
 
-    def _recalibrate(self) -> None:
+    def _prepare(self) -> Recalibration:
         if self._recalibration is None:
             if self._batches is None:
                 # Kept, since a generator can be read only once.
@@ -152,6 +160,12 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
                 layers=self.layers,
                 validation_data=self.validation_data,
             )
+        return self._recalibration
+
+    def _recalibrate(self) -> None:
         if self.verbose:
             print("\nRecalibrating BatchNormalization")
-        self.report = self._recalibration.run(self.verbose)
+        self.report = self._prepare().run(self.verbose)
+        writer = company(self.model).writer
+        if writer is not None:
+            writer.mark(self.report, iterations(self.model))

@@ -202,3 +202,40 @@ def pool(moments: Iterable[Moments]) -> Moments:
             "Pass the moments of at least one batch."
         )
     return reduce(Moments.merge, parts)
+
+
+def pool_batches(
+    counts: NDArray[np.float64],
+    means: NDArray[np.float64],
+    variances: NDArray[np.float64],
+) -> Moments:
+    """Pools the statistics of many batches at once, as `pool` does one by one.
+
+    `mean = Σn·m / Σn` and `m2 = Σn·(v + (m − mean)²)` over the batches' counts `n`,
+    means `m` and biased variances `v`.
+
+    Args:
+        counts: Number of values in each batch, shape `(batches,)`; statistics of
+            a batch of 0 are ignored.
+        means: Means, shape `(batches, channels)`.
+        variances: Biased variances, shape `(batches, channels)`.
+
+    Returns:
+        The moments of all values together.
+
+    Example:
+        >>> both = pool_batches(
+        ...     np.array([1.0, 3.0]), np.array([[0.0], [4.0]]), np.array([[0.0], [1.0]])
+        ... )
+        >>> both.count, both.mean.tolist(), both.m2.tolist()
+        (4.0, [3.0], [15.0])
+    """
+    used = counts > 0
+    if not used.any():
+        return Moments.empty(means.shape[1])
+    weights = counts[used, None]
+    total = float(counts.sum())
+    with np.errstate(all="ignore"):
+        mean = (weights * means[used]).sum(axis=0) / total
+        spread = variances[used] + np.square(means[used] - mean)
+        return Moments(total, mean, (weights * spread).sum(axis=0))

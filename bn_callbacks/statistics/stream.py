@@ -1,0 +1,140 @@
+"""What successive windows of batch statistics say of the stream behind them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moving_average import average_noise
+
+LINEAR, WALK = 2.0, 1.0
+MIN_WINDOWS = 4
+"""With fewer windows than these, noise and drift cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Noise and drift of batch statistics, in units of the batch variance.
+
+    A stationary stream differs between two times by its sampling noise alone; a
+    drifting one the more, the further the times are apart.
+
+    Args:
+        mean_noise: Variance of one batch's mean.
+        scale_noise: Variance of one batch's standard deviation.
+        drift: Squared distance that the statistics move in one update.
+        power: How the squared distance grows with time: from 1, a random walk, to
+            2, a steady drift.
+        variation: Coefficient of variation of one batch's variances.
+    """
+
+    mean_noise: float
+    scale_noise: float
+    drift: float
+    power: float
+    variation: float
+
+    @property
+    def noise(self) -> float:
+        """Variance of one batch's statistics: mean and scale together."""
+        return self.mean_noise + self.scale_noise
+
+    def average_noise(self, momentum: float) -> float:
+        """RMS noise of the moving average: `sqrt(noise·(1 − m)/(1 + m))`."""
+        return math.sqrt(self.noise * average_noise(momentum))
+
+    def drift_lag(self, momentum: float) -> float:
+        """RMS lag of the moving average behind the drift.
+
+        The average is about `τ = m/(1 − m)` updates old. Over these the statistics
+        move by `drift·τ^power`, squared, which is the squared lag in steady drift
+        (`power` 2); in a random walk (`power` 1) it is half of that.
+        """
+        if momentum == 1:
+            return math.inf if self.drift > 0 else 0.0
+        age = momentum / (1 - momentum)
+        return math.sqrt(self.power / 2 * self.drift * age**self.power)
+
+    def best_momentum(self, largest: float = 0.999) -> float:
+        """The momentum that minimises squared drift lag plus noise.
+
+        Args:
+            largest: Bound for the result, so that the start is forgotten in time.
+
+        Returns:
+            A momentum from 0 to `largest`.
+        """
+        tries = 1 - np.geomspace(1.0, max(1 - largest, 1e-6), 200)
+        errors = [self.drift_lag(m) ** 2 + self.average_noise(m) ** 2 for m in tries]
+        return float(tries[int(np.argmin(errors))])
+
+
+def observe(
+    windows: Sequence[Statistics], epsilon: float, share: float, updates: int
+) -> Stream | None:
+    """Tells noise from drift by the structure function of the windows.
+
+    Windows `k` apart have the mean squared difference `D(k) = 2v + A·(kN)^α`, where `v`
+    is the sampling variance of a window and the rest is drift. From `k` = 1, 2, 4
+
+        2^α = (D(4) − D(2)) / (D(2) − D(1)),    1 ≤ α ≤ 2,
+
+    (`α` = 1 with less than 8 windows), then `A` and `v`. A window of N updates has the
+    variance `q·s²` for that of one batch, `s²`, with `q = window_noise(m, N)`.
+    Everything is measured in units of the batch variance and averaged over channels.
+
+    Args:
+        windows: Batch statistics of successive windows, equally long, oldest first.
+        epsilon: The layer's epsilon.
+        share: `q`, the share of a batch's variance that a window has.
+        updates: `N`, the updates of a window.
+
+    Returns:
+        The stream; None with fewer than 4 windows, or if they are not finite.
+    """
+    if len(windows) < MIN_WINDOWS:
+        return None
+    variances = np.maximum([window.variance for window in windows], 0)
+    means = np.array([window.mean for window in windows])
+    if not (np.isfinite(means).all() and np.isfinite(variances).all()):
+        return None
+    sigma = np.sqrt(variances + epsilon)
+    unit = np.sqrt(np.mean(np.square(sigma), axis=0))
+    of_mean = _structure(means / unit)
+    of_scale = _structure(sigma / unit)
+    both = [one + other for one, other in zip(of_mean, of_scale, strict=True)]
+    power, growth = _growth(both)
+    spread = _structure(variances / np.square(unit))
+    return Stream(
+        mean_noise=_noise(of_mean, power) / share,
+        scale_noise=_noise(of_scale, power) / share,
+        drift=growth / updates**power,
+        power=power,
+        variation=math.sqrt(_noise(spread, power) / share),
+    )
+
+
+def _structure(points: np.ndarray) -> list[float]:
+    """`D(1)`, `D(2)` and, with enough windows, `D(4)`."""
+    steps = (1, 2, 4) if len(points) >= 8 else (1, 2)
+    return [float(np.mean(np.square(points[k:] - points[:-k]))) for k in steps]
+
+
+def _growth(structure: Sequence[float]) -> tuple[float, float]:
+    """`α` and `A·N^α`."""
+    rise = structure[1] - structure[0]
+    if rise <= 0:
+        return WALK, 0.0
+    power = WALK
+    if len(structure) > 2 and structure[2] > structure[1]:
+        power = math.log2((structure[2] - structure[1]) / rise)
+    power = min(LINEAR, max(WALK, power))
+    return power, rise / (2**power - 1)
+
+
+def _noise(structure: Sequence[float], power: float) -> float:
+    """`v`, with the exponent of the drift known."""
+    rise = max(0.0, structure[1] - structure[0])
+    return max(0.0, structure[0] - rise / (2**power - 1)) / 2

@@ -1,0 +1,147 @@
+"""Does the monitor name the right cause? Runs the cases of tests/causes.
+
+python tests/benchmarks/causes.py [--part tuned|held-back|all] [--no-probe]
+                                  [--only NAME] [--gaps] [--verbose]
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "causes"))
+
+import kit
+from cases import CASES
+from kit import Case, Outcome
+
+Results = Sequence[tuple[Case, Outcome | None]]
+QUIET = "(silent)"
+BROKEN = "(error)"
+
+
+def guarded(case: Case, has_probe: bool) -> Outcome | None:
+    """The outcome, or None where it ended in an error, which is printed."""
+    try:
+        return kit.run(case, has_probe)
+    except Exception as error:
+        print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def said(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return BROKEN
+    return ", ".join(outcome.causes) or QUIET
+
+
+def wanted(case: Case) -> str:
+    return (case.expected or QUIET) if case.scored else "(anything)"
+
+
+def print_rows(case: Case, outcomes: Sequence[Outcome | None]) -> None:
+    part = "held back" if case.held_back else "tuned"
+    cells = f"{case.name:38} {part:9} {wanted(case):18}"
+    for outcome in outcomes:
+        right = outcome is not None and outcome.is_right(case)
+        figures = ""
+        if outcome is not None:
+            gap, lag = number(outcome.gap), number(outcome.lag)
+            figures = f"gap {gap:>8} lag {lag:>8} {outcome.seconds:4.1f}s"
+        cells += f" | {' ' if right else '✗'} {said(outcome):28} {figures}"
+    print(cells, flush=True)
+
+
+def print_summary(title: str, results: Results) -> None:
+    """The confusion table, the share of right answers and the false alarms."""
+    scored = [(case, outcome) for case, outcome in results if case.scored]
+    if not scored:
+        return
+    print(f"\n{title}")
+    counts = Counter((wanted(case), said(outcome)) for case, outcome in scored)
+    for (truth, answer), count in sorted(counts.items()):
+        print(f"  {truth:18} -> {answer:40} {count}")
+    problems = [pair for pair in scored if pair[0].expected]
+    quiet = [pair for pair in scored if not pair[0].expected]
+    right = sum(bool(one and one.is_right(case)) for case, one in problems)
+    alarms = sum(bool(one and one.causes) for _, one in quiet)
+    share = f" ({right / len(problems):.0%})" if problems else ""
+    print(f"  right: {right} of {len(problems)} problems{share}")
+    print(f"  false alarms: {alarms} of {len(quiet)} silent cases")
+
+
+def print_gaps(chosen: Sequence[Case]) -> None:
+    """What each case really has, apart from any diagnosis."""
+    for case in chosen:
+        start = time.perf_counter()
+        try:
+            made = kit.build(case)
+            made.fit([])
+            seconds = time.perf_counter() - start
+            here, in_32 = kit.losses(made), kit.losses(made, 32)
+        except Exception as error:
+            print(f"✗ {case.name}: {type(error).__name__}: {error}")
+            continue
+        low, high = case.gap or (-math.inf, math.inf)
+        is_so = case.gap is None or low <= here.gap <= high
+        if case.expected == "non_finite":
+            is_so = math.isnan(here.gap)
+        print(
+            f"{' ' if is_so else '✗'} {case.name:38} {wanted(case):18} "
+            f"G {here.gap:8.3g} (inference {here.inference:8.3g}, batch "
+            f"{here.batch:8.3g}, recalibrated {here.recalibrated:8.3g}, trivial "
+            f"{here.trivial:6.3g}); in batches of 32: G {in_32.gap:8.3g} batch "
+            f"{in_32.batch:8.3g} recalibrated {in_32.recalibrated:8.3g} "
+            f"{seconds:4.1f}s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", choices=["tuned", "held-back", "all"], default="all")
+    parser.add_argument("--no-probe", action="store_true", help="only without a probe")
+    parser.add_argument("--with-probe", action="store_true", help="only with a probe")
+    parser.add_argument("--only", help="a part of the name of a case, or a cause")
+    parser.add_argument("--gaps", action="store_true", help="measure gaps, no monitor")
+    parser.add_argument("--verbose", action="store_true", help="print the warnings")
+    args = parser.parse_args()
+    chosen = [
+        case
+        for case in CASES
+        if args.part in ("all", "held-back" if case.held_back else "tuned")
+        and (args.only is None or args.only in case.name or args.only == case.expected)
+    ]
+    if args.gaps:
+        print_gaps(chosen)
+        return
+    modes = [True] * (not args.no_probe) + [False] * (not args.with_probe)
+    results: dict[bool, list[tuple[Case, Outcome | None]]] = {m: [] for m in modes}
+    for case in chosen:
+        outcomes = [guarded(case, mode) for mode in modes]
+        for mode, outcome in zip(modes, outcomes, strict=True):
+            results[mode].append((case, outcome))
+        print_rows(case, outcomes)
+        if args.verbose:
+            for outcome in outcomes:
+                for message in outcome.messages if outcome else ():
+                    print(f"    {message}")
+    for mode in modes:
+        probe = "with a probe" if mode else "without a probe"
+        for part, held_back in (("tuned", False), ("held back", True)):
+            pairs = [pair for pair in results[mode] if pair[0].held_back == held_back]
+            print_summary(f"{part}, {probe}", pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""For every test: TensorFlow quiet and on the CPU, fresh names, the same seed."""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+import keras
+import pytest
+
+# Keras collects garbage with each new session; what the imports made is not garbage.
+gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_keras() -> None:
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+
+
+# What tests share, for `import models`.
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,87 @@
+"""The standard error of pooled statistics, against repeated sampling."""
+
+import numpy as np
+import pytest
+
+from bn_callbacks.statistics.moments import Moments, pool
+from bn_callbacks.statistics.sampling import (
+    MAX_BLOCKS,
+    MIN_BLOCKS,
+    Blocks,
+    standard_error,
+)
+
+CHANNELS = 40
+
+
+def batches(rng, count, size, group=0.0, span=1):
+    """Normal batches; `group` is the σ of what `span` successive batches share."""
+    shared = rng.normal(scale=group, size=(-(-count // span), CHANNELS)) if group else 0
+    values = rng.normal(size=(count, size, CHANNELS))
+    if group:
+        values += np.repeat(shared, span, axis=0)[:count, None]
+    return [Moments.from_values(batch) for batch in values]
+
+
+def true_error(draw, mean, variance, runs=60):
+    """RMS over runs and channels of the pooled statistics' error, as the lag has it."""
+    squares = []
+    for _ in range(runs):
+        pooled = pool(draw())
+        of_scale = np.sqrt(pooled.variance / variance) - 1
+        squares.append(np.mean((pooled.mean - mean) ** 2 / variance + of_scale**2))
+    return np.sqrt(np.mean(squares))
+
+
+@pytest.mark.parametrize(("count", "size"), [(16, 50), (64, 20), (100, 5)])
+def test_error_of_random_batches_is_what_repetition_shows(count, size):
+    rng = np.random.default_rng(0)
+    truth = true_error(lambda: batches(rng, count, size), 0, 1)
+    assert truth == pytest.approx(np.sqrt(1.5 / (count * size)), rel=0.1)
+    errors = [standard_error(batches(rng, count, size), 0.0) for _ in range(20)]
+    # The largest of several estimates leans to the safe side.
+    assert 0.9 * truth < np.mean(errors) < 1.35 * truth
+
+
+def test_batches_that_belong_together_are_not_taken_for_many_samples():
+    rng = np.random.default_rng(0)
+    grouped = standard_error(batches(rng, 64, 20, group=1.0), 0.0)
+    truth = true_error(lambda: batches(rng, 64, 20, group=1.0), 0, 2)
+    assert truth > 2.5 * np.sqrt(1.5 / (64 * 20))
+    # The mean over channels and runs: one run has only 64 groups to go by.
+    assert 0.8 * truth < grouped < 1.6 * truth
+
+
+def test_groups_that_span_batches_are_seen_by_joining_blocks():
+    rng = np.random.default_rng(0)
+    spanning = batches(rng, 128, 20, group=1.0, span=8)
+    truth = true_error(lambda: batches(rng, 128, 20, group=1.0, span=8), 0, 2, 30)
+    assert standard_error(spanning, 0.0) == pytest.approx(truth, rel=0.4)
+
+
+def test_blocks_join_as_data_grow_and_lose_nothing():
+    rng = np.random.default_rng(0)
+    blocks = Blocks()
+    everything = batches(rng, 4 * MAX_BLOCKS, 3)
+    for batch in everything:
+        blocks.add(batch)
+        assert len(blocks.blocks) < MAX_BLOCKS
+    kept, whole = pool(blocks.blocks), pool(everything)
+    assert kept.count == whole.count
+    np.testing.assert_allclose(kept.mean, whole.mean, atol=1e-12)
+    np.testing.assert_allclose(kept.variance, whole.variance, rtol=1e-12)
+    assert blocks.standard_error(0.0) == standard_error(blocks.blocks, 0.0)
+
+
+def test_too_few_blocks_say_nothing():
+    rng = np.random.default_rng(0)
+    blocks = Blocks()
+    for batch in batches(rng, MIN_BLOCKS - 1, 3):
+        blocks.add(batch)
+    blocks.add(Moments.empty(CHANNELS))
+    assert blocks.standard_error(1e-3) is None
+
+
+def test_a_constant_channel_has_no_error():
+    constant = [Moments.from_values(np.ones((4, 2)))] * MIN_BLOCKS
+    assert standard_error(constant, 0.0) == 0.0

@@ -1,0 +1,219 @@
+"""Reports: order, figures, table, dictionary, notebook."""
+
+import dataclasses
+import json
+import math
+import warnings
+
+import pytest
+
+import bn_callbacks
+from bn_callbacks import (
+    BatchNormLagWarning,
+    BatchNormReport,
+    BatchNormWarning,
+    LayerReport,
+    RecalibrationReport,
+)
+
+INF, NAN = math.inf, math.nan
+
+
+def report_of(*lags, **arguments):
+    layers = [
+        LayerReport(
+            f"layer{i}", cause="healthy" if lag is None else "drifting", lag=lag
+        )
+        for i, lag in enumerate(lags)
+    ]
+    return BatchNormReport(tuple(layers), **arguments)
+
+
+# --- Order
+
+
+def test_without_layers_there_is_no_worst_and_no_lag():
+    report = BatchNormReport()
+    assert report.worst is None
+    assert report.max_lag == 0.0
+    assert report.lagging == ()
+    assert str(report) == "No BatchNormalization layers."
+
+
+@pytest.mark.parametrize(
+    ("lags", "order"),
+    [
+        ([0.1, 0.5, 0.3], [1, 2, 0]),
+        ([0.1, INF, 0.3], [1, 2, 0]),
+        ([0.1, NAN, 0.3], [1, 2, 0]),
+        ([0.2, 0.2], [0, 1]),
+        ([0.2, None, 0.1], [0, 2]),
+    ],
+)
+def test_the_worst_comes_first(lags, order):
+    report = report_of(*lags)
+    assert [layer.path for layer in report.lagging] == [f"layer{i}" for i in order]
+    assert report.worst is report.layers[order[0]]
+
+
+def test_the_largest_lag_leaves_out_what_is_not_known():
+    assert report_of(None, 0.2, 0.1).max_lag == 0.2
+    assert report_of(None).max_lag == 0.0
+    assert report_of(0.2, INF).max_lag == INF
+
+
+def test_a_large_lag_that_is_healthy_is_the_worst_but_does_not_lag():
+    noisy = LayerReport("a", "healthy", lag=0.9)
+    report = BatchNormReport((LayerReport("b", "drifting", lag=0.3), noisy))
+    assert report.worst is noisy
+    assert [layer.path for layer in report.lagging] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "inference", "gap"),
+    [
+        (2.0, 3.0, 1.5),
+        (None, 3.0, None),
+        (2.0, None, None),
+        (0.0, 1.0, None),
+        (-1.0, 1.0, None),
+        (None, None, None),
+    ],
+)
+def test_loss_gap_is_a_ratio_where_there_is_one(batch, inference, gap):
+    report = BatchNormReport(loss_batch=batch, loss_inference=inference)
+    assert report.loss_gap == gap
+
+
+def test_loss_gap_of_a_loss_that_is_nan_is_nan():
+    assert math.isnan(BatchNormReport(loss_batch=1.0, loss_inference=NAN).loss_gap)
+
+
+# --- Forms
+
+
+def full_report():
+    worst = LayerReport(
+        "model/<b>&bn", "warming_up", lag=1.25, mean_shift=0.5, scale_ratio=2.0,
+        noise=0.01, updates=10, start_weight=0.9, momentum=0.99,
+        suggested_momentum=0.9, design_effect=1.0, advice="Wait <long> & \"well\".",
+    )  # fmt: skip
+    return BatchNormReport(
+        (LayerReport("a"), worst), loss_batch=2.0, loss_inference=3.0
+    )
+
+
+def test_the_table_is_aligned_and_followed_by_losses_and_advice():
+    lines = str(full_report()).splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert [line.split()[0] for line in lines[1:3]] == ["a", "model/<b>&bn"]
+    for name in ("cause", "lag", "momentum"):
+        assert name in lines[0]
+    # Figures end where their heading ends.
+    end = lines[0].index("lag") + len("lag")
+    assert lines[1][:end].endswith(" -")
+    assert lines[2][:end].endswith(" 1.25")
+    assert lines[3].startswith("loss: 3 in inference mode, 2 with batch statistics")
+    assert "(gap 1.5)" in lines[3]
+    assert lines[4] == 'warming_up: Wait <long> & "well".'
+
+
+def test_advice_is_given_once_for_each_cause_and_for_the_worst():
+    layers = [
+        LayerReport("a", "drifting", lag=lag, advice=f"at {lag}") for lag in (1, 3, 2)
+    ]
+    text = str(BatchNormReport(tuple(layers)))
+    assert text.count("drifting: at 3") == text.count("drifting: ") == 1
+
+
+def test_the_dictionary_survives_json():
+    report = full_report()
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["layers"] == [dataclasses.asdict(layer) for layer in report.layers]
+    assert values["loss_gap"] == 1.5
+    assert values["max_lag"] == 1.25
+    assert values["worst"] == "model/<b>&bn"
+    assert values["lagging"] == ["model/<b>&bn"]
+    assert values["loss_batch"] == 2.0
+    assert values["loss_inference"] == 3.0
+
+
+def test_what_json_cannot_say_becomes_a_string():
+    report = report_of(INF, NAN, loss_batch=1.0, loss_inference=-INF)
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [layer["lag"] for layer in values["layers"]] == ["inf", "nan"]
+    assert values["loss_gap"] == "-inf"
+
+
+def test_the_empty_report_survives_json_too():
+    values = json.loads(json.dumps(BatchNormReport().to_dict()))
+    assert values["worst"] is None
+    assert values["layers"] == values["lagging"] == []
+
+
+def test_the_notebook_view_escapes_what_users_named():
+    view = full_report()._repr_html_()
+    assert "<b>" not in view.replace("<br>", "")
+    assert "model/&lt;b&gt;&amp;bn" in view
+    assert "Wait &lt;long&gt; &amp; " in view
+    assert view.count("<tr>") == 3
+    assert view.startswith("<table>")
+
+
+@pytest.mark.parametrize("kind", [BatchNormReport, LayerReport, RecalibrationReport])
+def test_reports_cannot_be_changed(kind):
+    assert kind.__dataclass_params__.frozen
+
+
+# --- Recalibrations
+
+
+def recalibration(**arguments):
+    arguments = {
+        "before": report_of(0.5, 0.25), "residual": 0.001, "samples": 1200,
+        "batches": 40, "passes": 2, "committed": True,
+    } | arguments  # fmt: skip
+    return RecalibrationReport(**arguments)
+
+
+def test_a_recalibration_tells_what_it_did():
+    text = str(recalibration())
+    assert text.startswith(
+        "Recalibrated 2 BatchNormalization layers over 1,200 samples"
+    )
+    assert "40 batches, 2 passes" in text
+    assert "lag 0.5 before, 0.001 after" in text
+    one = str(recalibration(before=report_of(0.5), passes=1, residual=None))
+    assert "1 BatchNormalization layer over" in one
+    assert "1 pass)" in one
+    assert "after" not in one
+
+
+def test_a_recalibration_tells_what_it_kept_and_left_alone():
+    text = str(recalibration(committed=False, loss_before=1.0, loss_after=2.0,
+                             unreached=("layer1",), skipped=("frozen",)))  # fmt: skip
+    assert text.startswith("Kept the old statistics of 1 BatchNormalization layer ")
+    assert "loss 1 -> 2" in text
+    assert "never reached by the data: layer1" in text
+    assert "not updated in training: frozen" in text
+
+
+def test_undo_calls_what_gives_the_statistics_back():
+    calls = []
+    recalibration(_undo=lambda: calls.append(1)).undo()
+    assert calls == [1]
+    recalibration().undo()
+
+
+# --- Warnings
+
+
+def test_warnings_bear_the_public_name_and_can_be_silenced_as_one():
+    assert issubclass(BatchNormLagWarning, BatchNormWarning)
+    assert issubclass(BatchNormWarning, UserWarning)
+    for category in (BatchNormWarning, BatchNormLagWarning):
+        assert category.__module__ == "bn_callbacks"
+        assert getattr(bn_callbacks, category.__name__) is category
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BatchNormWarning)
+        warnings.warn("lag", BatchNormLagWarning, stacklevel=1)
