@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from bn_callbacks.report import BatchNormReport, LayerReport
-from bn_callbacks.statistics.diagnosis import (
+from bn_callbacks.statistics.causes import (
     CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,

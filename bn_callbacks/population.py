@@ -150,6 +150,8 @@ class Population:
         self._loss_sums.assign(tf.zeros(2, tf.float64))
         # Dropout draws anew for each batch, and the same in each pass.
         self._draws.assign(0)
+        for bn in self._late:  # What a pass that was interrupted has left.
+            self._inputs[bn].take_late()
         if statistics is not None:
             for bn, given in zip(self.layers, statistics, strict=True):
                 self._inputs[bn].use(given)

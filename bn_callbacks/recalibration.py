@@ -27,13 +27,13 @@ from bn_callbacks.layers import (
 )
 from bn_callbacks.population import Measurement, Population, Until
 from bn_callbacks.report import BatchNormReport, RecalibrationReport, layer_reports
-from bn_callbacks.statistics.diagnosis import Evidence
+from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Moments, Statistics
 from bn_callbacks.statistics.sampling import Blocks
 
 RESIDUAL_LIMIT = 1e-3
-"""Lag in inference mode at which the fixed point is taken to hold."""
+"""Lag in inference mode at which the fixed point is taken to hold, for one layer."""
 
 EXTRA_PASSES = 10
 """Refining passes beyond the number of layers, at most."""
@@ -492,6 +492,8 @@ def _refine(
         if residual <= RESIDUAL_LIMIT / 10:
             return new, residual, 1
 
+    # What is left in each layer adds up in those behind.
+    limit = RESIDUAL_LIMIT / math.sqrt(len(layers))
     best, best_residual, previous, passes = new, math.inf, new, 1
     # Layer k is exact after k passes, and one more pass shows it. A layer whose
     # input depends on its own statistics, as in a recurrent cell, takes a few more.
@@ -505,7 +507,7 @@ def _refine(
         # from pass to pass, and so much is noise.
         entry = population.entry
         noise = _max_lag(layers, seen, new, only=entry) if entry is not None else 0.0
-        if residual <= max(RESIDUAL_LIMIT, 2 * noise):
+        if residual <= max(limit, 2 * noise):
             break
         previous = _stored(layers, seen, previous)
     if math.isinf(best_residual):

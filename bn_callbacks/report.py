@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bn_callbacks.statistics.diagnosis import HEALTHY, Evidence, diagnose_model
+from bn_callbacks.statistics.causes import HEALTHY
+from bn_callbacks.statistics.diagnosis import diagnose_model
+from bn_callbacks.statistics.evidence import Evidence
 
 
 class BatchNormWarning(UserWarning):

@@ -114,7 +114,10 @@ class StepCounter:
         possible = range(done + 1 if has_moved else done, full + 1)
         announced = self._announced
         if announced is not None and announced in possible:
-            return min(counted, announced) if counted in possible else announced
+            if counted not in possible:
+                return announced
+            # With endless data, the last execution goes beyond what was announced.
+            return counted if self._stops_at_the_end else min(counted, announced)
         if getattr(self._model, "stop_training", False) or not self._is_fit:
             # Whoever ends an epoch on purpose ends it after an execution.
             if counted in possible:
@@ -130,7 +133,9 @@ class StepCounter:
 
     def _has_moved(self, averages: NDArray[np.float64]) -> bool | None:
         """Whether the last execution has moved the averages; None if unknown."""
-        if self._last_reading is None or self._last_reading[0] != self._done:
+        if self._first_reading is None or self._last_reading is None:
+            return None
+        if self._last_reading[0] != self._done:
             return None
         if not np.array_equal(self._last_reading[1], averages, equal_nan=True):
             return True

@@ -15,7 +15,7 @@ from bn_callbacks.layers import (
     pinned_in_graph,
     versions,
 )
-from bn_callbacks.statistics.diagnosis import FORGOTTEN, Evidence
+from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import (
     start_weight,

@@ -276,10 +276,14 @@ def test_recovers_them_from_a_generator():
     assert recovery_error(monitor, batches_of(x), 0.99) < 1e-4
 
 
-def test_recovers_them_where_an_epoch_is_a_part_of_the_data():
-    x, y = data(12)
-    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
-    monitor = watch(make_model(), dataset.repeat(), steps_per_epoch=6, epochs=2)
+@pytest.mark.parametrize(("per_execution", "made"), [(1, 6), (4, 8)])
+def test_recovers_them_where_an_epoch_is_a_part_of_the_data(per_execution, made):
+    """Of endless data, Keras' last execution takes more than `steps_per_epoch`."""
+    if per_execution > 1 and not EXACT_EXECUTIONS:
+        pytest.skip(f"Keras {keras.__version__} counts on without data")
+    x, y = data(2 * made)
+    model = make_model(steps_per_execution=per_execution)
+    monitor = watch(model, endless(x, y), steps_per_epoch=6, epochs=2)
     assert recovery_error(monitor, batches_of(x), 0.99) < 1e-4
 
 
@@ -433,7 +437,7 @@ def deep_model():
             keras.layers.Dense(1),
         ]
     )
-    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     return model
 
 
@@ -456,7 +460,7 @@ def test_training_is_bit_identical_with_it(tmp_path):
     for name, values in history.items():
         assert watched_history[name] == values
     touched, _ = run(
-        [AtEpochEnd(lambda model, _: model.optimizer.iterations.assign(9))]
+        [AtEpochEnd(lambda model, _: model.layers[0].bias.assign_add([1e-6] * 8))]
     )
     assert not np.array_equal(touched[0], plain[0]), "this test can fail"
 
@@ -645,18 +649,27 @@ def fit_with(monitor, model, x, y, others=(), **fit_arguments):
     return model.fit(x, y, callbacks=[monitor, *others], **fit_arguments)
 
 
+def lag_warnings(warned):
+    return [
+        str(item.message)
+        for item in warned
+        if issubclass(item.category, BatchNormLagWarning)
+    ]
+
+
 def test_warns_of_warming_up_once_with_layer_figure_cause_and_remedy():
     x, y = data(20, spread=0)
     model = make_model()
     monitor = BatchNormMonitor()
+    worsts = []
+    look = AtEpochEnd(lambda *_: worsts.append(monitor.report.worst))
     with pytest.warns(BatchNormLagWarning) as warned:
-        fit_with(monitor, model, x, y, epochs=3)
-    (message,) = {str(item.message) for item in warned}
-    assert len(warned) == 1
-    worst = monitor.report.worst
+        fit_with(monitor, model, x, y, [look], epochs=3)
+    (message,) = lag_warnings(warned)
+    worst = worsts[0]
     assert worst.cause == "warming_up"
     assert worst.path in message
-    assert f"{worst.lag:.1f}" in message or "lag" in message
+    assert f"{worst.lag:.2f} standard deviations" in message
     assert "warming_up" in message
     assert "RecalibrateBatchNorm" in message
     assert "DebiasBatchNorm" in message
@@ -703,7 +716,7 @@ def test_warns_of_drift():
     monitor = BatchNormMonitor()
     with pytest.warns(BatchNormLagWarning, match="drifting") as warned:
         fit_with(monitor, model, x, y, [Drift()], epochs=2)
-    assert len(warned) == 1
+    assert len(lag_warnings(warned)) == 1
     assert monitor.report.worst.cause == "drifting"
     # The average trails a ramp of 0.1 a step by m/(1−m) steps, σ is 2.
     expected = 0.1 * 0.95 / 0.05 / 2
@@ -711,10 +724,10 @@ def test_warns_of_drift():
 
 
 def test_warns_of_too_short_a_memory():
-    x, y = data(100, spread=1.5)
+    x, y = data(100, spread=0)
     monitor = BatchNormMonitor()
     with pytest.warns(BatchNormLagWarning, match="noisy"):
-        fit_with(monitor, make_model(0.0), x, y, shuffle=False)
+        fit_with(monitor, make_model(0.0), x, y)
     worst = monitor.report.worst
     assert worst.noise > 0.2
     assert worst.suggested_momentum > 0

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from models import (
-    KERAS,
     batch_norms,
     compiled,
     cut,
@@ -19,7 +18,6 @@ from models import (
     scatter,
     seen_in_inference,
     single,
-    stored,
     unchanged,
 )
 
@@ -371,14 +369,3 @@ def test_the_entry_is_the_layer_that_no_statistics_reach() -> None:
     population = Population(twice, find(twice))
     population.measure(Batches(normal(32, 6)))
     assert population.entry is None
-
-
-@pytest.mark.skipif(KERAS >= (3, 3), reason="this Keras reads statistics unrounded")
-def test_mixed_policies_of_an_old_keras_round_statistics_when_they_are_read() -> None:
-    keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    try:
-        model = single(3)
-        model.layers[0].moving_mean.assign([1.001, 2.002, 3.003])
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
-    assert stored(model)[0][0].dtype == "float32"

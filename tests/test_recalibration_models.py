@@ -758,5 +758,5 @@ def test_the_model_still_exports(tmp_path: Path) -> None:
     model = scatter(dense(2))
     recalibrate(model, X, verbose=0)
     model.export(str(tmp_path / "saved"))
-    served = tf.saved_model.load(str(tmp_path / "saved")).serve(X)
-    np.testing.assert_allclose(served, model.predict(X, verbose=0), rtol=1e-5)
+    saved = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(saved.serve(X), model.predict(X, verbose=0), rtol=1e-5)

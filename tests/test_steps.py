@@ -63,10 +63,16 @@ def test_a_whole_epoch_has_the_announced_steps(
     )
 
 
+@pytest.mark.parametrize("announced", [10, 12])
 @pytest.mark.parametrize("made", [9, 10, 11, 12])
-def test_data_that_run_out_in_the_last_execution_are_counted(made):
-    epoch = Epoch([0, 4, 8], announced=12, per_execution=4)
+def test_the_last_execution_makes_as_many_steps_as_there_are_data(made, announced):
+    epoch = Epoch([0, 4, 8], announced, per_execution=4)
     assert epoch.count(made, moved=True) == made
+
+
+def test_an_old_keras_is_not_believed_to_make_more_steps_than_announced():
+    epoch = Epoch([0, 4, 8], announced=10, per_execution=4, is_old_keras=True)
+    assert epoch.count(12, moved=True) == 10
 
 
 def test_an_execution_begun_without_data_is_no_step():
@@ -134,11 +140,12 @@ def test_an_epoch_may_begin_with_any_number(first):
 
 def test_steps_that_loss_scaling_leaves_out_are_counted():
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
-    counter = Epoch([], announced=20, is_stopped=True, optimizer=optimizer).counter
-    for batch, iterations in ((0, 0), (5, 2), (9, 6)):
+    counter = Epoch([], announced=10, per_execution=4, optimizer=optimizer).counter
+    left_out = 1
+    for batch in (0, 4, 8):
         counter.begin_batch(batch)
-        counter.observe(iterations, np.zeros(1))
-    assert counter.finish(7, np.ones(1)) == 10
+        counter.observe(max(0, batch - left_out), np.array([float(batch)]))
+    assert counter.finish(10 - left_out, np.array([10.0])) == 10
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from bn_callbacks.layers import (
 )
 from bn_callbacks.recalibration import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
-from bn_callbacks.statistics.diagnosis import DEFAULT_THRESHOLD, HEALTHY, WARMING_UP
+from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
+from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
 from bn_callbacks.tensorboard import ReportWriter
 from bn_callbacks.windows import Windows

@@ -1,4 +1,4 @@
-"""From what was seen of one layer to the cause of its lag, and the remedy."""
+"""From what was seen of one layer to the cause of its lag."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,30 +6,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bn_callbacks.statistics.lag import lag, mean_shift, scale_ratio
-from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.statistics.moving_average import (
-    average_noise,
-    debias,
-    suggest_momentum,
-    updates_to_forget,
+from bn_callbacks.statistics.advice import advise, suggested_momentum
+from bn_callbacks.statistics.causes import (
+    CORRELATED_BATCHES,
+    DRIFTING,
+    HEALTHY,
+    INFERENCE_MODE,
+    LOW_PRECISION,
+    MIXED_CALLS,
+    NOISY,
+    NON_FINITE,
+    NOT_UPDATING,
+    OUTLIERS,
+    TINY_BATCH,
+    UNEXPECTED_UPDATE,
+    WARMING_UP,
+    WEIGHTS_REPLACED,
 )
-from bn_callbacks.statistics.stream import Stream, observe
-
-HEALTHY = "healthy"
-WARMING_UP = "warming_up"
-DRIFTING = "drifting"
-NOISY = "noisy"
-TINY_BATCH = "tiny_batch"
-CORRELATED_BATCHES = "correlated_batches"
-MIXED_CALLS = "mixed_calls"
-WEIGHTS_REPLACED = "weights_replaced"
-INFERENCE_MODE = "inference_mode"
-NOT_UPDATING = "not_updating"
-UNEXPECTED_UPDATE = "unexpected_update"
-LOW_PRECISION = "low_precision"
-OUTLIERS = "outliers"
-NON_FINITE = "non_finite"
+from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence, Figures, measure
+from bn_callbacks.statistics.lag import lag
 
 STATISTICAL = (WARMING_UP, NOISY, DRIFTING)
 """Three ways in which the average of good batches is wrong."""
@@ -37,21 +32,12 @@ STATISTICAL = (WARMING_UP, NOISY, DRIFTING)
 DATA_CAUSES = (TINY_BATCH, OUTLIERS, CORRELATED_BATCHES)
 """Causes that lie in the batches, and so reach every layer."""
 
-DEFAULT_THRESHOLD = 0.2
-"""Lag that is worth a word: a fifth of a standard deviation on every output."""
-
 GAP_LIMIT = 1.4
 """Loss gap that proves a problem. Of 46 measured cases healthy ones reached 1.29, and
 27 of 32 true problems exceeded 1.5 (CAUSES); this is the middle."""
 
 PROVEN = 0.25
 """Share of the threshold that a mechanism must reach to explain a proven gap."""
-
-FORGOTTEN = 0.05
-"""Weight of the start below which it no longer explains a lag."""
-
-NOISE_FACTOR = 2.0
-"""A distance up to so many standard errors is taken for sampling noise."""
 
 DESIGN_LIMIT = 7.0
 """Design effect that proves grouped batches: random ones have 1, drift has reached
@@ -63,66 +49,6 @@ elsewhere (CAUSES); this is the geometric middle."""
 
 TINY = 2
 """Examples a batch up to which batch statistics are useless; nobody means them."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that was seen of one layer. What is not known is `None` or empty.
-
-    Args:
-        path: The layer's path, for the advice.
-        momentum: The layer's momentum (it weights the old value).
-        epsilon: The layer's epsilon.
-        moving: The statistics the layer stores.
-        batch: Batch statistics to hold them against.
-        past: What the layer stored before `batch` was seen, given where `moving` is
-            made of the same batches in the main, and so no witness.
-        trainable: Whether training is to update the statistics.
-        updates: Number of updates watched.
-        total_updates: Number of updates that training will have made at its end.
-        start: The statistics before the first of the `updates`.
-        windows: Batch statistics of successive windows, equally long, oldest first.
-        window_updates: Length of a window in updates.
-        window_share: Variance of a window's statistics over that of one batch's.
-        recurrence: Variance of the windows' means within an epoch that the next epoch
-            repeats, in units of the batch variance.
-        batch_size: Examples a batch.
-        last_batch_size: Examples of an epoch's last batch, if it is smaller.
-        is_still: Whether the statistics were watched and never changed.
-        is_initial: Whether they began as the values a new layer has.
-        is_pinned: Whether the model's graph stores `training=False` for the layer.
-        precision: Machine epsilon of the dtype they are stored in, where that is
-            less than float32.
-        has_mixed_calls: Whether one step calls the layer several times.
-        are_weights_replaced: Whether weights changed after the last update.
-        loss_gap: Loss in inference mode over loss with batch statistics.
-        threshold: Lag above which something is said.
-    """
-
-    path: str
-    momentum: float
-    epsilon: float
-    moving: Statistics
-    batch: Statistics | None = None
-    past: Statistics | None = None
-    trainable: bool = True
-    updates: int | None = None
-    total_updates: int | None = None
-    start: Statistics | None = None
-    windows: Sequence[Statistics] = ()
-    window_updates: int | None = None
-    window_share: float | None = None
-    recurrence: float | None = None
-    batch_size: float | None = None
-    last_batch_size: float | None = None
-    is_still: bool = False
-    is_initial: bool = True
-    is_pinned: bool = False
-    precision: float | None = None
-    has_mixed_calls: bool = False
-    are_weights_replaced: bool = False
-    loss_gap: float | None = None
-    threshold: float = DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -142,35 +68,6 @@ class Diagnosis:
     batch_variation: float | None = None
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What is computed from the evidence before anything is judged.
-
-    Args:
-        lag: Distance of batch and moving statistics, in standard deviations.
-        mean_shift: Its part from the means.
-        scale_ratio: Batch over moving standard deviation.
-        start_weight: Weight of the start in the moving statistics.
-        stream: Noise and drift of the batch statistics.
-        start_part: Error that the start puts on the moving statistics.
-        drift_part: Distance that neither the start nor noise explains.
-        noise_part: Fluctuation of the moving statistics from sampling.
-        stall_part: Error at which updates are rounded away.
-        design_effect: Variance of batch means over that of random batches.
-    """
-
-    lag: float | None = None
-    mean_shift: float | None = None
-    scale_ratio: float | None = None
-    start_weight: float | None = None
-    stream: Stream | None = None
-    start_part: float = 0.0
-    drift_part: float = 0.0
-    noise_part: float | None = None
-    stall_part: float = 0.0
-    design_effect: float | None = None
-
-
 def diagnose(evidence: Evidence, cause: str | None = None) -> Diagnosis:
     """Names the cause of a layer's lag and what to do about it.
 
@@ -183,6 +80,7 @@ def diagnose(evidence: Evidence, cause: str | None = None) -> Diagnosis:
 
     Example:
     >>> import numpy as np
+    >>> from bn_callbacks.statistics.moments import Statistics
     >>> far = Statistics(np.full(8, 1.0), np.ones(8))
     >>> start = Statistics(np.zeros(8), np.ones(8))
     >>> now = Statistics(np.full(8, 1 - 0.99**50), np.ones(8))
@@ -202,11 +100,11 @@ def diagnose(evidence: Evidence, cause: str | None = None) -> Diagnosis:
     """
     figures = measure(evidence)
     cause = cause or _own_cause(evidence, figures)
-    momentum = _suggested_momentum(evidence, figures, cause)
+    momentum = suggested_momentum(evidence, figures, cause)
     stream = figures.stream
     return Diagnosis(
         cause=cause,
-        advice=_advice(evidence, figures, cause, momentum),
+        advice=advise(evidence, figures, cause, momentum),
         lag=figures.lag,
         mean_shift=figures.mean_shift,
         scale_ratio=figures.scale_ratio,
@@ -224,8 +122,7 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
 
     Bad batches reach every layer, where they look like noise or drift: such findings
     take the cause that another layer proves. And a loss gap that no layer explains
-    means that the weights are not those the statistics were collected with, or that
-    one layer serves several inputs.
+    means that the weights are not those the statistics were collected with.
 
     Args:
         evidence: What was seen of each layer.
@@ -241,7 +138,10 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     causes = _main_causes(evidence, causes)
     is_proven = any(_is_proven(seen) for seen in evidence)
     if is_proven and all(cause == HEALTHY for cause in causes):
-        causes = [_unexplained(seen, evidence) for seen in evidence]
+        causes = [
+            WEIGHTS_REPLACED if seen.trainable and not seen.is_still else HEALTHY
+            for seen in evidence
+        ]
     return [diagnose(seen, cause) for seen, cause in zip(evidence, causes, strict=True)]
 
 
@@ -273,99 +173,6 @@ def _part(figures: Figures, cause: str) -> float:
 
 def _own_cause(seen: Evidence, figures: Figures) -> str:
     return next(cause for cause, applies in RULES if applies(seen, figures))
-
-
-def _unexplained(seen: Evidence, evidence: Sequence[Evidence]) -> str:
-    if any(other.has_mixed_calls for other in evidence):
-        return MIXED_CALLS if seen.has_mixed_calls else HEALTHY
-    return WEIGHTS_REPLACED if seen.trainable and not seen.is_still else HEALTHY
-
-
-def measure(seen: Evidence) -> Figures:
-    """The figures behind a verdict."""
-    weight = None if seen.updates is None else seen.momentum**seen.updates
-    stream = None
-    if seen.window_updates and seen.window_share:
-        stream = observe(
-            seen.windows, seen.epsilon, seen.window_share, seen.window_updates
-        )
-    noise_part = design = None
-    floor = 0.0
-    if stream is not None:
-        noise_part = _noise_part(seen, stream)
-        share = average_noise(seen.momentum) + (seen.window_share or 0.0)
-        floor = math.sqrt(stream.noise * share)
-        if seen.batch_size is not None:
-            scatter = max(stream.mean_noise, _ordered(seen))
-            design = scatter * max(seen.batch_size - 1, 0)
-    if seen.batch is None:
-        return Figures(
-            start_weight=weight,
-            stream=stream,
-            noise_part=noise_part,
-            stall_part=_stall_part(seen),
-            design_effect=design,
-        )
-    clean = seen.past or seen.moving
-    start_part = 0.0
-    if seen.start is not None and weight is not None and not seen.past and weight < 1:
-        clean = Statistics(
-            debias(seen.moving.mean, seen.start.mean, weight),
-            debias(seen.moving.variance, seen.start.variance, weight),
-        )
-        start_part = lag(clean, seen.moving, seen.epsilon)
-    elif seen.updates == 0 and seen.is_initial:
-        clean = seen.batch
-        start_part = lag(seen.batch, seen.moving, seen.epsilon)
-    rest = lag(seen.batch, clean, seen.epsilon)
-    is_noise = rest <= NOISE_FACTOR * floor
-    pair = (seen.batch, seen.past or seen.moving, seen.epsilon)
-    return Figures(
-        lag=lag(*pair),
-        mean_shift=mean_shift(*pair),
-        scale_ratio=scale_ratio(*pair),
-        start_weight=weight,
-        stream=stream,
-        start_part=start_part,
-        drift_part=0.0 if is_noise else math.sqrt(max(0.0, rest**2 - floor**2)),
-        noise_part=noise_part,
-        stall_part=_stall_part(seen),
-        design_effect=design,
-    )
-
-
-def _ordered(seen: Evidence) -> float:
-    """Variance that one batch's mean would need to explain a recurring pattern."""
-    return (seen.recurrence or 0.0) / (seen.window_share or 1.0)
-
-
-def _stall_part(seen: Evidence) -> float:
-    """Lag that updates cannot mend, since rounding takes them away.
-
-    A value `v` stays where it is if the update `(1 − m)·d` is below half its spacing,
-    `v·eps/2`; so mean and variance may be off by `d = v·eps/(2·(1 − m))`.
-    """
-    if seen.precision is None or seen.momentum == 1:
-        return 0.0
-    share = seen.precision / 2 / (1 - seen.momentum)
-    sigma2 = np.maximum(seen.moving.variance, 0) + seen.epsilon
-    of_mean = np.square(seen.moving.mean) / sigma2
-    return share * math.sqrt(float(np.mean(of_mean + 0.25)))
-
-
-def _noise_part(seen: Evidence, stream: Stream) -> float:
-    """Noise of the average; at an epoch's end with that of a small last batch.
-
-    A last batch of `b` instead of `B` examples has `B/b` times the variance, and its
-    own variance is too small by `σ²/b`; both enter with the weight `1 − m`.
-    """
-    squared = stream.average_noise(seen.momentum) ** 2
-    if seen.batch_size and seen.last_batch_size:
-        new = 1 - seen.momentum
-        ratio = seen.batch_size / seen.last_batch_size
-        squared += new**2 * stream.noise * ratio
-        squared += (new * min(stream.mean_noise * ratio, 1.0) / 2) ** 2
-    return math.sqrt(squared)
 
 
 Rule = Callable[[Evidence, Figures], bool]
@@ -499,126 +306,3 @@ known: it clears a model of everything that is a matter of degree. Then what mak
 batches themselves unfit, since no average of them can be right; last the three ways
 in which an average of good batches is wrong, the largest of them.
 """
-
-
-def _suggested_momentum(seen: Evidence, figures: Figures, cause: str) -> float | None:
-    if cause == WARMING_UP:
-        rule = suggest_momentum(seen.total_updates or seen.updates or 1)
-        return min(rule, seen.momentum)
-    if cause in (NOISY, DRIFTING) and figures.stream is not None:
-        # A larger one would not have forgotten the start when training ends.
-        total = seen.total_updates
-        largest = 0.999 if not total else min(0.999, FORGOTTEN ** (1 / total))
-        best = figures.stream.best_momentum(largest)
-        is_better = best > seen.momentum if cause == NOISY else best < seen.momentum
-        return best if is_better else None
-    return None
-
-
-def _advice(
-    seen: Evidence, figures: Figures, cause: str, momentum: float | None
-) -> str:
-    set_momentum = "" if momentum is None else f"set momentum={momentum:.3g}"
-    if cause == WARMING_UP:
-        needed = updates_to_forget(seen.momentum, FORGOTTEN)
-        return (
-            f"{figures.start_weight:.0%} of the start values is still in the moving "
-            f"statistics: momentum {seen.momentum:g} needs {needed} updates to forget "
-            f"them and has had {seen.updates}. Recalibrate before export "
-            "(`recalibrate(model, x)` or `RecalibrateBatchNorm`), debias for free "
-            f"(`DebiasBatchNorm`), or {set_momentum}."
-        )
-    if cause == DRIFTING:
-        smaller = f", or {set_momentum}" if set_momentum else ""
-        return (
-            "The weights move faster than the moving statistics follow. Recalibrate "
-            "before export and before validation (`recalibrate(model, x)` or "
-            "`RecalibrateBatchNorm(x, when='validation')`), let the learning rate fall "
-            f"towards the end{smaller}."
-        )
-    if cause == NOISY:
-        larger = (
-            f"{set_momentum[0].upper()}{set_momentum[1:]}, use" if momentum else "Use"
-        )
-        rest = ""
-        if seen.last_batch_size and seen.batch_size:
-            rest = (
-                f" The last batch of an epoch has {seen.last_batch_size:.0f} examples "
-                f"instead of {seen.batch_size:.0f} and weighs as much: drop it "
-                "(`drop_remainder=True`)."
-            )
-        return (
-            f"The moving statistics fluctuate by {figures.noise_part:.2g} standard "
-            f"deviations from sampling alone: momentum {seen.momentum:g} averages too "
-            f"few batches. {larger} larger batches, and recalibrate before export "
-            f"(`recalibrate(model, x)`).{rest}"
-        )
-    if cause == CORRELATED_BATCHES:
-        return (
-            f"Batches are no random sample{_scatter(seen, figures)}. Shuffle the "
-            "examples before batching (padding counts too: pass a mask); no momentum "
-            "helps. Until then recalibrate over shuffled data "
-            "(`recalibrate(model, x)`)."
-        )
-    if cause == TINY_BATCH:
-        size = "so few" if seen.batch_size is None else f"{seen.batch_size:.0f}"
-        return (
-            f"Batches of {size} examples have no useful statistics, and recalibration "
-            "cannot repair what was trained with them. Use larger batches, or another "
-            "normaliser (`GroupNormalization`, `LayerNormalization`)."
-        )
-    if cause == OUTLIERS:
-        return (
-            "Rare extreme examples dominate the variance, which differs wildly from "
-            "batch to batch. Clean or clip the data; recalibrate only then."
-        )
-    return _PLAIN_ADVICE.get(cause, "").format(
-        fix="Set a momentum below 1. " if seen.momentum == 1 else ""
-    )
-
-
-def _scatter(seen: Evidence, figures: Figures) -> str:
-    if figures.design_effect is None or seen.batch_size is None:
-        return ""
-    return (
-        f": their means vary {figures.design_effect:.0f} times as much as those of "
-        f"shuffled batches of {seen.batch_size:.0f}"
-    )
-
-
-_PLAIN_ADVICE = {
-    INFERENCE_MODE: (
-        "The statistics never changed in training, most likely since the layer ran in "
-        "inference mode: pass `training` on to it, or freeze it with "
-        "`layer.trainable = False`. Do not recalibrate: the weights have adapted to "
-        "the statistics as they are."
-    ),
-    NOT_UPDATING: (
-        "The layer trained on batch statistics, but its moving statistics never "
-        "changed. {fix}Recalibrate before export (`recalibrate(model, x)`)."
-    ),
-    UNEXPECTED_UPDATE: (
-        "The layer was meant to keep its statistics, yet training changes them: "
-        "`trainable` counts only after `compile`, and in `fit` a functional model "
-        "overrides `training=False`. Set `layer.trainable = False`, then `compile`."
-    ),
-    MIXED_CALLS: (
-        "One step calls the layer several times on inputs with different statistics, "
-        "and one average is right for none of them. Use a layer for each, or "
-        "concatenate the inputs into one batch; recalibration helps in part."
-    ),
-    WEIGHTS_REPLACED: (
-        "The weights were replaced after the statistics were collected (averaged or "
-        "restored weights). Recalibrate after the swap (`recalibrate(model, x)`, or "
-        "`RecalibrateBatchNorm` as the last callback)."
-    ),
-    LOW_PRECISION: (
-        "The statistics are stored in less than float32, where small updates are "
-        "rounded away. Use a policy with float32 variables (such as 'mixed_bfloat16') "
-        "and recalibrate (`recalibrate(model, x)`)."
-    ),
-    NON_FINITE: (
-        "The moving statistics are NaN or infinite and stay so for good. Find the "
-        "batch that did it, then `recalibrate(model, x)` heals the layer."
-    ),
-}

@@ -5,7 +5,6 @@ python tests/benchmarks/causes.py [--part tuned|held-back|all] [--no-probe]
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -92,10 +91,7 @@ def print_gaps(chosen: Sequence[Case]) -> None:
         except Exception as error:
             print(f"✗ {case.name}: {type(error).__name__}: {error}")
             continue
-        low, high = case.gap or (-math.inf, math.inf)
-        is_so = case.gap is None or low <= here.gap <= high
-        if case.expected == "non_finite":
-            is_so = math.isnan(here.gap)
+        is_so = kit.is_as_described(case, here)
         print(
             f"{' ' if is_so else '✗'} {case.name:38} {wanted(case):18} "
             f"G {here.gap:8.3g} (inference {here.inference:8.3g}, batch "

@@ -237,6 +237,18 @@ def losses(run: Run, batch_size: int | None = None) -> Losses:
     return Losses(inference, first.loss, recalibrated, trivial)
 
 
+def is_as_described(case: Case, measured: Losses) -> bool:
+    """Whether a case has the gap that it claims, and is well trained if silent."""
+    if case.expected == "non_finite":
+        return math.isnan(measured.gap) and math.isfinite(measured.batch)
+    if case.scored and case.expected is None:
+        learned = measured.inference < measured.trivial / 2
+        if not (learned or math.isnan(measured.trivial)):
+            return False
+    low, high = case.gap or (-math.inf, math.inf)
+    return low <= measured.gap <= high
+
+
 def constant(targets: Any) -> float:
     """The loss of the best constant prediction."""
     if isinstance(targets, list):

@@ -212,7 +212,7 @@ def balanced_sampler() -> Run:
     x, y = blobs(4000, classes=4, spread=1.5)
     draw = rng(5)
     members = [np.flatnonzero(y == label) for label in range(4)]
-    drawn = [draw.permutation(m)[:900].reshape(-1, 8) for m in members]
+    drawn = [draw.permutation(m)[:800].reshape(-1, 8) for m in members]
     order = np.concatenate(drawn, axis=1).ravel()
     x, y = x[order], y[order]
     model = mlp(10, 4, width=24, momentum=0.95)
@@ -221,14 +221,33 @@ def balanced_sampler() -> Run:
     return Run(model, fit, (x[:256], y[:256]))
 
 
+def places(rows: int, seed: int = 0) -> tuple[Any, Any]:
+    """Pictures of a spot, brighter or darker; the class is the quarter it is in."""
+    draw = rng(seed)
+    y = draw.integers(4, size=rows).astype("int32")
+    centres = np.array([[2, 2], [2, 5], [5, 2], [5, 5]])[y]
+    centres = centres + 0.4 * draw.normal(size=(rows, 2))
+    up, across = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
+    distance = (up - centres[:, 0, None, None]) ** 2
+    distance = distance + (across - centres[:, 1, None, None]) ** 2
+    spots = draw.uniform(1, 4, size=(rows, 1, 1)) * np.exp(-distance / 2)
+    x = spots + 0.3 * draw.normal(size=(rows, 8, 8))
+    return x[..., None].astype("float32"), y
+
+
 @cases.silent()
 def sorted_classes_in_a_conv_net() -> Run:
-    x, y = pictures(1920, noise=0.5)
+    x, y = places(1920)
     order = np.argsort(y, kind="stable")
     x, y = x[order], y[order]
-    model = convnet(3, momentum=0.95)
-    compiled(model, keras.optimizers.Adam(0.003), crossentropy())
+    stack: list[Any] = [keras.Input((8, 8, 1))]
+    for width in (8, 12):
+        convolution = layers.Conv2D(width, 3, padding="same")
+        stack += [convolution, BN(momentum=0.95), layers.ReLU()]
+    model = keras.Sequential([*stack, layers.Flatten(), layers.Dense(4)])
+    compiled(model, "adam", crossentropy())
     fit = fitter(model, x, y, epochs=8, shuffle=False)
+    # Every sixth batch.
     chosen = (np.arange(len(x)) // 32) % 6 == 0
     return Run(model, fit, (x[chosen], y[chosen]))
 
@@ -292,3 +311,65 @@ def augmentation_in_a_regression() -> Run:
     model = keras.Model(inputs, layers.Dense(1)(layers.Dense(16, "relu")(h)))
     compiled(model, keras.optimizers.RMSprop(0.002))
     return Run(model, fitter(model, x, y, epochs=5), (x[:256], y[:256]))
+
+
+class OwnTrainStep(keras.Model):
+    """What `fit` does, written out by hand."""
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+@cases.silent(held_back=True)
+def train_step_written_by_hand() -> Run:
+    x, y = blobs(6400, spread=1.5)
+    inputs = keras.Input((10,))
+    z = layers.ReLU()(BN(momentum=0.98)(layers.Dense(24)(inputs)))
+    model = OwnTrainStep(inputs, layers.Dense(4)(z))
+    compiled(model, keras.optimizers.Adam(0.003), crossentropy())
+    return Run(model, fitter(model, x, y, epochs=4), (x[:256], y[:256]))
+
+
+@cases.silent()
+def time_distributed_over_like_steps() -> Run:
+    z = rng(14).normal(size=(3200, 5, 4))
+    x, y = (1 + z).astype("float32"), teacher(z.reshape(len(z), -1))
+    model = keras.Sequential(
+        [
+            keras.Input((5, 4)),
+            layers.TimeDistributed(BN(momentum=0.99)),
+            layers.Flatten(),
+            layers.Dense(32, "relu"),
+            layers.Dense(1),
+        ]
+    )
+    compiled(model, keras.optimizers.Adam(0.003))
+    return Run(model, fitter(model, x, y, epochs=5), (x[:256], y[:256]))
+
+
+@cases.silent(held_back=True)
+def twins_of_like_inputs() -> Run:
+    x, y = table(4800)
+    other, y_other = table(4800, seed=1)
+    encoder = mlp(8, 4, width=24, momentum=0.98)
+    inputs = [keras.Input((8,)), keras.Input((8,))]
+    outputs = layers.Dense(1)(layers.Concatenate()([encoder(one) for one in inputs]))
+    model = keras.Model(inputs, outputs)
+    compiled(model, keras.optimizers.Adam(0.005))
+    y = y - y_other
+    fit = fitter(model, [x, other], y, epochs=6)
+    return Run(model, fit, ([x[:256], other[:256]], y[:256]))
+
+
+@cases.silent()
+def ema_of_weights_that_rest() -> Run:
+    x, y = blobs(6400, spread=1.5)
+    rate = keras.optimizers.schedules.CosineDecay(0.01, 800)
+    optimizer = keras.optimizers.Adam(rate, use_ema=True, ema_momentum=0.95)
+    model = compiled(mlp(10, 4, momentum=0.95), optimizer, crossentropy())
+    return Run(model, fitter(model, x, y, epochs=4), (x[:256], y[:256]))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bn_callbacks.statistics.moments import Moments, Statistics, pool
+from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -254,3 +254,23 @@ def test_pool_of_nothing_is_refused():
 def test_moments_are_immutable():
     with pytest.raises(AttributeError):
         Moments.empty(1).count = 1.0
+
+
+def test_pool_of_batches_is_the_pool_of_each():
+    rng = np.random.default_rng(0)
+    parts = [Moments.from_values(rng.normal(i, 1 + i, size=(i, 3))) for i in (1, 5, 9)]
+    together = pool_batches(
+        np.array([0, *(part.count for part in parts)]),
+        np.stack([np.full(3, np.nan), *(part.mean for part in parts)]),
+        np.stack([np.full(3, np.nan), *(part.variance for part in parts)]),
+    )
+    expected = pool(parts)
+    assert together.count == expected.count
+    np.testing.assert_allclose(together.mean, expected.mean)
+    np.testing.assert_allclose(together.m2, expected.m2)
+
+
+def test_pool_of_empty_batches_is_empty():
+    nothing = pool_batches(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 3)))
+    assert nothing.count == 0
+    assert nothing.mean.shape == (3,)

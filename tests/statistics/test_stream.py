@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from bn_callbacks.statistics.diagnosis import HEALTHY, Evidence, diagnose
+from bn_callbacks.statistics.causes import HEALTHY
+from bn_callbacks.statistics.diagnosis import diagnose
+from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import window_noise, window_statistic
 from bn_callbacks.statistics.stream import Stream, observe
