@@ -347,6 +347,23 @@ def pinned_in_graph(layer: keras.layers.Layer, is_pinned: bool = False) -> set[i
     return found
 
 
+def takes_training(model: keras.Model) -> bool:
+    """Whether the model's `call` takes `training`, so that `fit` passes it."""
+    return bool(model._call_has_training_arg)
+
+
+def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
+    """Whether `trainable` was changed after `compile`, as far as Keras remembers."""
+    compiled = getattr(model, "_compiled_trainable_state", None) or {}
+    return bn.layer in compiled and bool(compiled[bn.layer]) != bn.trainable
+
+
+def replicas(model: keras.Model) -> int:
+    """Number of replicas that the model is trained on."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return int(getattr(strategy, "num_replicas_in_sync", 1))
+
+
 def has_own_train_step(model: keras.Model) -> bool:
     """Whether the model makes its training steps itself."""
     return type(model).train_step is not keras.Model.train_step

@@ -106,11 +106,13 @@ class BatchNormReport:
         layers: A `LayerReport` for each layer, in model order.
         loss_batch: Loss with batch statistics, everything else in inference mode.
         loss_inference: Loss in inference mode, on the same examples.
+        clues: Facts known before training that may lead to trouble.
     """
 
     layers: tuple[LayerReport, ...] = ()
     loss_batch: float | None = None
     loss_inference: float | None = None
+    clues: tuple[str, ...] = ()
 
     @property
     def loss_gap(self) -> float | None:
@@ -182,7 +184,8 @@ class BatchNormReport:
             )
         # The advice for the worst layer of each cause.
         advice = {layer.cause: layer.advice for layer in reversed(self.lagging)}
-        return notes + [f"{cause}: {text}" for cause, text in advice.items() if text]
+        notes += [f"{cause}: {text}" for cause, text in advice.items() if text]
+        return notes + [f"note: {clue}" for clue in self.clues]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "bn_callbacks"
 FLOORS = (
     {"statistics"},
     {"data", "layers", "report"},
-    {"examples", "findings", "population", "start_values", "steps", "windows"},
+    {"clues", "examples", "findings", "population", "start_values", "steps", "windows"},
     {"recalibration", "tensorboard"},
     {"callbacks"},
     {"demo"},

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.clues import find_clues
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
@@ -251,6 +252,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             else {"auto": self._interval, "batch": 1}[self.update_freq]
         )
         self._windows = Windows(self.model, layers, self._interval)
+        self._layers = layers
+        self._clues: tuple[str, ...] | None = None
         self._examples = ExampleCounter(self.model)
         self._fingerprint = Fingerprint(self.model)
         self._weights = self._fingerprint()
@@ -299,7 +302,15 @@ class BatchNormMonitor(keras.callbacks.Callback):
         are_weights_replaced: bool = False,
     ) -> BatchNormReport:
         assert self._windows is not None
-        report = BatchNormReport((), *losses)
+        if self._clues is None:
+            # Not before all callbacks have said what they do.
+            self._clues = find_clues(
+                self.model,
+                self._layers,
+                total_steps=self._total_steps(),
+                is_recalibrated=company(self.model).recalibrates,
+            )
+        report = BatchNormReport((), *losses, clues=self._clues)
         evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),

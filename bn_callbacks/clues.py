@@ -1,0 +1,102 @@
+"""What a model gives away before the first training step, for free."""
+
+from collections.abc import Sequence
+
+import keras
+
+from bn_callbacks.layers import (
+    BatchNormLayer,
+    is_stale,
+    pinned_in_graph,
+    replicas,
+    takes_training,
+    uses_ema,
+)
+from bn_callbacks.statistics.evidence import FORGOTTEN
+from bn_callbacks.statistics.moving_average import start_weight, suggest_momentum
+
+
+def find_clues(
+    model: keras.Model,
+    layers: Sequence[BatchNormLayer],
+    *,
+    total_steps: int | None,
+    is_recalibrated: bool,
+) -> tuple[str, ...]:
+    """Facts that may lead to trouble. None is a finding before training confirms it.
+
+    Args:
+        model: The model about to be trained.
+        layers: Its BN layers.
+        total_steps: Training steps of the whole `fit`, None if unknown.
+        is_recalibrated: Whether a callback recalibrates at the end.
+
+    Returns:
+        A sentence for each fact.
+    """
+    pinned = pinned_in_graph(model)
+    updating = [bn for bn in layers if bn.trainable]
+    slow = [
+        bn
+        for bn in updating
+        if total_steps
+        and bn.momentum < 1
+        and start_weight(bn.momentum, total_steps * bn.calls) > FORGOTTEN
+    ]
+    facts = [
+        (
+            slow,
+            "momentum {0.momentum:g} is large for the {1} steps of this fit "
+            "(suggested: {2:.3g})",
+        ),
+        (
+            [bn for bn in updating if bn.momentum == 1],
+            "momentum 1 never updates the statistics",
+        ),
+        (
+            [bn for bn in updating if bn.precision is not None],
+            "statistics stored in less than float32 stall",
+        ),
+        (
+            [bn for bn in updating if id(bn.layer) in pinned],
+            "`training=False` in a functional graph is overridden by `fit`",
+        ),
+        (
+            [bn for bn in layers if is_stale(model, bn)],
+            "`trainable` was changed after `compile`, which alone reads it",
+        ),
+        (
+            [] if takes_training(model) else updating,
+            "the model's `call` takes no `training`, so they run in inference mode",
+        ),
+        (
+            [bn for bn in updating if bn.calls > 1],
+            "called {0.calls} times a step; one average serves all calls",
+        ),
+        (
+            updating if uses_ema(model) and not is_recalibrated else [],
+            "the optimizer will put averaged weights in at the end, which the "
+            "statistics do not belong to: recalibrate",
+        ),
+        (
+            [
+                bn
+                for bn in updating
+                if replicas(model) > 1 and not bn.layer.synchronized
+            ],
+            "each replica keeps statistics of its own without `synchronized=True`",
+        ),
+    ]
+    suggested = suggest_momentum(total_steps) if total_steps else 0.0
+    return tuple(
+        f"{_who(found, len(layers))}: "
+        + text.format(found[0], total_steps, min(suggested, found[0].momentum))
+        for found, text in facts
+        if found
+    )
+
+
+def _who(found: Sequence[BatchNormLayer], total: int) -> str:
+    if len(found) == 1:
+        return found[0].path
+    return f"{len(found)} of {total} layers ({found[0].path}, …)"
