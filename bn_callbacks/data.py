@@ -160,12 +160,12 @@ def _is_arrays(x: Any) -> bool:
 
 def _is_array(leaf: Any) -> bool:
     has_shape = hasattr(leaf, "shape") and hasattr(leaf, "__array__")
-    return bool(has_shape and len(leaf.shape) > 0)
+    return has_shape and len(leaf.shape) > 0
 
 
 def _is_endless(x: Any) -> bool:
     if isinstance(x, tf.data.Dataset):
-        return int(x.cardinality()) == tf.data.INFINITE_CARDINALITY
+        return bool(x.cardinality() == tf.data.INFINITE_CARDINALITY)
     return isinstance(x, keras.utils.PyDataset)
 
 

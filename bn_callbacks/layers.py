@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import keras
 import numpy as np
@@ -92,8 +92,8 @@ class BatchNormLayer:
         """The statistics the layer was built with."""
         layer, shape = self.layer, (self.channels,)
         return Statistics(
-            np.asarray(layer.moving_mean_initializer(shape), np.float64),
-            np.asarray(layer.moving_variance_initializer(shape), np.float64),
+            layer.moving_mean_initializer(shape).numpy().astype(np.float64),
+            layer.moving_variance_initializer(shape).numpy().astype(np.float64),
         )
 
     def state(self) -> list[tuple[Any, NDArray[Any]]]:
@@ -102,7 +102,7 @@ class BatchNormLayer:
         variables = [layer.moving_mean, layer.moving_variance]
         if self.renorm:
             variables += [layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev]
-        return [(variable, np.array(variable.value)) for variable in variables]
+        return [(variable, np.array(variable.value.numpy())) for variable in variables]
 
     def new_state(
         self, statistics: Statistics, in_training: bool
@@ -197,20 +197,6 @@ def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
-
-
-# Models whose statistics are corrected at the end of the `fit` that is running.
-_corrected: WeakSet[keras.Model] = WeakSet()
-
-
-def set_corrected(model: keras.Model, is_corrected: bool) -> None:
-    """Notes that a callback corrects the statistics when `fit` ends."""
-    (_corrected.add if is_corrected else _corrected.discard)(model)
-
-
-def is_corrected(model: keras.Model) -> bool:
-    """Whether a callback corrects the statistics when `fit` ends."""
-    return model in _corrected
 
 
 def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLayer]:
@@ -379,7 +365,7 @@ def examples_seen(model: keras.Model) -> float | None:
         return None
     for metric in model.metrics:
         if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
-            return float(keras.ops.convert_to_numpy(metric.count)) or None
+            return float(metric.count.value.numpy()) or None
     return None
 
 
@@ -404,7 +390,7 @@ class Fingerprint:
 
     def __call__(self) -> bytes:
         """A value that almost surely changes with any weight."""
-        return np.array(self._sums(), np.float32).tobytes()
+        return np.array([total.numpy() for total in self._sums()]).tobytes()
 
 
 def runs_in_training_mode(
@@ -615,8 +601,8 @@ def read(layers: Sequence[BatchNormLayer]) -> list[Statistics]:
     """Reads the stored statistics of every layer as float64."""
     return [
         Statistics(
-            np.array(bn.layer.moving_mean.value, np.float64),
-            np.array(bn.layer.moving_variance.value, np.float64),
+            bn.layer.moving_mean.value.numpy().astype(np.float64),
+            bn.layer.moving_variance.value.numpy().astype(np.float64),
         )
         for bn in layers
     ]
@@ -758,9 +744,7 @@ def steps_made(model: keras.Model) -> int:
 def iterations(model: keras.Model) -> int:
     """The number of optimizer steps, as `model.optimizer.iterations` counts."""
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return 0
-    return int(keras.ops.convert_to_numpy(optimizer.iterations))
+    return 0 if optimizer is None else int(optimizer.iterations)
 
 
 def uses_ema(model: keras.Model) -> bool:

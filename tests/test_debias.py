@@ -95,7 +95,8 @@ def fit(model, *callbacks, epochs=1, begin=0, **arguments):
     """Trains on the batches of some epochs, from number `begin` on."""
     part = slice(begin * STEPS * BATCH, (begin + epochs) * STEPS * BATCH)
     dataset = tf.data.Dataset.from_tensor_slices((ALL_X[part], ALL_Y[part]))
-    arguments = {"steps_per_epoch": STEPS, "verbose": 0} | arguments
+    own = {"steps_per_epoch": STEPS, "validation_batch_size": BATCH, "verbose": 0}
+    arguments = own | arguments
     return model.fit(
         dataset.batch(BATCH), epochs=epochs, callbacks=list(callbacks), **arguments
     )

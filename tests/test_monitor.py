@@ -108,10 +108,10 @@ def watch(model, x, y=None, **fit_arguments):
     ("momentum", "steps", "bound"),
     [
         # One window is a tenth of the run: N = 1, 4, 10, 20 updates.
-        (0.99, 10, 1e-4),
-        (0.99, 40, 4e-5),
-        (0.99, 100, 2e-5),
-        (0.999, 200, 1e-4),
+        (0.99, 10, 2e-5),
+        (0.99, 40, 1e-5),
+        (0.99, 100, 1e-5),
+        (0.999, 200, 5e-5),
         (0.9, 100, 4e-6),
         (0.0, 40, 1e-6),
     ],

@@ -103,7 +103,7 @@ def test_without_scale_or_centre(
     check(sequential(shape, bn(), layers.ReLU(), bn()), normal(64, *shape))
 
 
-def test_a_small_epsilon_that_the_fused_kernel_would_raise() -> None:
+def test_an_epsilon_too_small_for_some_fused_kernels() -> None:
     model = sequential((3, 3, 6), BN(epsilon=1e-7), layers.ReLU(), BN(epsilon=1e-7))
     check(model, normal(64, 3, 3, 6, std=1e-4))
 

@@ -414,7 +414,8 @@ def test_statistics_are_written_into_all_layers_or_into_none(
     failed = []
 
     def assign(variable: Any, value: Any) -> Any:
-        if variable is last and not failed:
+        # Keras itself assigns, of no effect, while a model is traced.
+        if variable is last and isinstance(value, np.ndarray) and not failed:
             failed.append(variable)
             raise KeyboardInterrupt
         return own(variable, value)
