@@ -92,6 +92,17 @@ def scatter(model: keras.Model, seed: int = 1) -> keras.Model:
     return model
 
 
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Layers that are made inside have this policy."""
+    config = keras.config if KERAS >= (3, 4) else keras.mixed_precision
+    config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        config.set_dtype_policy("float32")
+
+
 def compiled(model: keras.Model, **arguments: Any) -> keras.Model:
     model.compile("adam", "mse", metrics=["mae"], **arguments)
     return model

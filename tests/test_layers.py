@@ -99,11 +99,20 @@ def test_paths_are_unique_where_names_are_not() -> None:
         (lambda layer: layer.name.endswith("t"), ["first", "last"]),
         ([re.compile("inner"), "last"], ["bn", "last"]),
     ],
-    ids=str,
+    ids=[
+        "None",
+        "name",
+        "names",
+        "twice",
+        "part of a path",
+        "pattern",
+        "predicate",
+        "inner and name",
+    ],
 )
 def test_layers_are_chosen(selection: Any, expected: list[str]) -> None:
     model = named()
-    if KERAS < (3, 4) and "inner" in str(selection):
+    if KERAS < (3, 4) and "bn" in expected and len(expected) < 3:
         pytest.skip("paths of this Keras do not name the models around a layer")
     assert names(find(model, selection)) == expected
 
@@ -127,7 +136,7 @@ def test_layers_are_chosen_by_path_and_by_object() -> None:
         (["fir", "first"], True),
         (["first", "fir"], True),
     ],
-    ids=str,
+    ids=["name", "names", "part", "pattern", "predicate", "part, name", "name, part"],
 )
 def test_only_a_name_or_a_path_names_a_layer(selection: Any, is_named: bool) -> None:
     (bn,) = find(named(), selection)

@@ -16,6 +16,7 @@ from models import (
     conv,
     cut,
     dense,
+    dtype_policy,
     lag,
     layer_by_layer,
     layers,
@@ -237,7 +238,7 @@ class Plain(BN):
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [(Brief, (6,)), (Brief, (3, 3, 6)), (Long, (6,)), (Plain, (3, 3, 6))],
-    ids=str,
+    ids=["brief", "brief image", "long", "plain image"],
 )
 def test_subclasses_that_call_super(kind: type, shape: tuple[int, ...]) -> None:
     check(sequential(shape, kind(), layers.Dense(4), kind()), normal(64, *shape))
@@ -443,13 +444,8 @@ def test_synchronized_layers() -> None:
 
 @pytest.fixture
 def policy(request: pytest.FixtureRequest) -> Iterator[str]:
-    keras.config.set_dtype_policy(request.param) if KERAS >= (3, 4) else (
-        keras.mixed_precision.set_global_policy(request.param)
-    )
-    yield request.param
-    keras.config.set_dtype_policy("float32") if KERAS >= (3, 4) else (
-        keras.mixed_precision.set_global_policy("float32")
-    )
+    with dtype_policy(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(

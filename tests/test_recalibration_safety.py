@@ -321,7 +321,18 @@ def test_a_model_that_only_runs_eagerly_is_refused() -> None:
         ({"layers": lambda layer: False}, r"selects no .*Received: <function"),
         ({"layers": ["batch", "conv"]}, r"selects no .*Received: 'conv'"),
     ],
-    ids=str,
+    ids=[
+        "steps",
+        "batch_size",
+        "refine -1",
+        "refine word",
+        "refine 1.5",
+        "refine True",
+        "tolerance",
+        "layers",
+        "layers predicate",
+        "layers list",
+    ],
 )
 def test_wrong_arguments_are_named(
     model: keras.Model, arguments: dict[str, Any], message: str
@@ -384,7 +395,9 @@ def test_a_keras_2_model_is_told_what_it_is(
         act(keras_2_model(module), X)
 
 
-@pytest.mark.parametrize("wrong", [None, "model", keras.layers.Dense(2)], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [None, "model", keras.layers.Dense(2)], ids=["None", "text", "layer"]
+)
 def test_what_is_no_model_is_a_type_error(wrong: Any) -> None:
     message = r"^`model` must be a keras\.Model\. Received: .* Pass the model that"
     with pytest.raises(TypeError, match=message):

@@ -14,15 +14,16 @@ from models import compiled, dense, grouped, lag, normal, rng, single, stored, u
 from bn_callbacks import RecalibrateBatchNorm, recalibrate, recalibrated
 from bn_callbacks.recalibration import MIN_BATCHES
 
-SIZE = 128
+SIZE = 256
+NOISE = 1.0
 
 
 def examples(count: int, seed: int) -> tuple[Any, Any]:
-    """Rows and a noisy target: a fifth of its variance is out of reach."""
+    """Rows and a noisy target: half of its variance is out of reach."""
     x = normal(count, 6, seed=seed)
     z = (x - 3) / 2
     y = np.sin(z[:, :1]) + z[:, 1:2] * np.tanh(z[:, 2:3])
-    return x, y + 0.5 * rng(seed + 1).normal(size=y.shape).astype("float32")
+    return x, y + NOISE * rng(seed + 1).normal(size=y.shape).astype("float32")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,16 @@ def trained() -> keras.Model:
     """
     keras.utils.set_random_seed(0)
     model = dense(3, width=16)
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, 400)
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, 250)
     model.compile(keras.optimizers.Adam(rate), "mse")
-    model.fit(*examples(12_800, 1), batch_size=SIZE, epochs=4, verbose=0)
+    model.fit(*examples(12_800, 1), batch_size=SIZE, epochs=5, verbose=0)
     return model
 
 
 def test_a_small_part_of_a_large_stream_is_as_good_as_all_of_it(
     trained: keras.Model,
 ) -> None:
-    steps = 800
+    steps = 500
     x, _ = examples(steps * SIZE, 2)
     stream = tf.data.Dataset.from_tensor_slices(x).batch(SIZE).repeat()
     x_test, y_test = examples(20_000, 3)
@@ -59,7 +60,7 @@ def test_a_small_part_of_a_large_stream_is_as_good_as_all_of_it(
     assert part.batches <= 0.2 * steps
     assert part.samples == part.batches * SIZE
     assert part.residual <= 1e-3
-    assert losses[0] > 0.1 * y_test.var()  # of a loss near 0 any error is large
+    assert losses[0] > 0.1 * y_test.var()  # any error is large beside a loss near 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
@@ -80,7 +81,7 @@ def test_independent_samples_are_read_until_their_standard_error(seed: int) -> N
 
 
 @pytest.mark.parametrize("span", [1, 8])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_group_counts_once_however_many_samples_and_batches_it_has(
     seed: int, span: int
 ) -> None:
@@ -109,7 +110,7 @@ def test_grouped_data_are_read_to_their_end_if_there_are_too_few_groups(
     span: int,
 ) -> None:
     x = grouped(400 // span, span * 16, 6)
-    report = recalibrate(dense(), x, batch_size=16, tolerance=0.01, verbose=0)
+    report = recalibrate(single(6), x, batch_size=16, tolerance=0.01, verbose=0)
     assert (report.batches, report.samples) == (400, 400 * 16)
 
 
@@ -180,9 +181,7 @@ def endless(read: list[int]) -> Iterator[Any]:
 @pytest.mark.parametrize("steps", [None, 500])
 def test_an_endless_generator_is_read_only_as_far_as_needed(steps: int | None) -> None:
     read: list[int] = []
-    report = recalibrate(
-        dense(), endless(read), steps=steps, tolerance=0.05, verbose=0
-    )
+    report = recalibrate(dense(), endless(read), steps=steps, tolerance=0.05, verbose=0)
     assert len(read) == report.batches < 100
     assert report.samples == 32 * report.batches
     assert report.residual <= 1e-3

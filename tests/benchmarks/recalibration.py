@@ -1,16 +1,23 @@
 """What recalibration costs, as ratios to an inference pass over the same batches.
 
     python tests/benchmarks/recalibration.py [--repeats 9] [--models mlp resnet50 ...]
+                                             [--markdown docs/benchmarks.md]
 
-All variants of a model run in one process, interleaved, each traced before; the
-figures are medians over the repeats, with the quartiles of the ratio.
+Time: all variants of a model run in one process, interleaved, each traced before; the
+figures are medians over the repeats, with the quartiles of the ratio. Memory: the peak
+of a fresh process that builds the model and makes one pass, tracing included.
 """
 
 import argparse
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -18,6 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bn_callbacks import recalibrate
 from bn_callbacks.data import Batches
 from bn_callbacks.layers import find, read
 from bn_callbacks.population import Population
@@ -81,41 +89,243 @@ def void(_: Any) -> None:
     """Makes a measurement a statement."""
 
 
+PEAKS = ("inference", "recalibrate(refine=0)")
+MEMORY_REPEATS = 5
+MB = 2**20
+
+
+class Time(NamedTuple):
+    """One line of the table of times: milliseconds a batch, ratio and quartiles."""
+
+    model: str
+    variant: str
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+class Peak(NamedTuple):
+    """One line of the table of memory: MB of both processes, the medians."""
+
+    model: str
+    inference: float
+    recalibration: float
+    difference: float
+    low: float
+    high: float
+
+
+def prepare(name: str, options: argparse.Namespace) -> tuple[keras.Model, Any]:
+    """A model and data for it; more batches for the one that is fast."""
+    keras.utils.set_random_seed(0)
+    model, shape = MODELS[name]()
+    count = options.batches * (10 if name == "mlp" else 1) * options.batch_size
+    return model, np.random.default_rng(0).normal(size=(count, *shape)).astype("f")
+
+
+def measure_times(name: str, options: argparse.Namespace) -> list[Time]:
+    """Times all variants of one model."""
+    model, x = prepare(name, options)
+    batches = list(Batches(x, batch_size=options.batch_size))
+    runs = variants(model)
+    times: dict[str, list[float]] = {variant: [] for variant in runs}
+    for repeat in range(options.repeats + 1):
+        for variant, run in runs.items():
+            start = time.perf_counter()
+            run(batches)
+            if repeat:
+                times[variant].append((time.perf_counter() - start) / len(batches))
+    base = np.array(times["inference"])
+    lines = []
+    for variant, seconds in times.items():
+        ratios = np.array(seconds) / base
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        lines.append(
+            Time(name, variant, 1e3 * float(np.median(seconds)), middle, low, high)
+        )
+    return lines
+
+
+def measure_peaks(name: str, options: argparse.Namespace) -> Peak:
+    """Compares the peaks of processes that make one pass of either kind."""
+    command = [sys.executable, __file__, "--models", name]
+    command += ["--batches", str(options.batches)]
+    command += ["--batch-size", str(options.batch_size)]
+    peaks: dict[str, list[float]] = {variant: [] for variant in PEAKS}
+    for _ in range(min(options.repeats, MEMORY_REPEATS)):
+        for variant, values in peaks.items():
+            output = subprocess.run(
+                [*command, "--peak", variant], check=True, stdout=subprocess.PIPE
+            ).stdout
+            values.append(int(output.split()[-1]) / MB)
+    inference, recalibration = (np.array(values) for values in peaks.values())
+    difference = recalibration - inference
+    low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
+    return Peak(
+        name,
+        float(np.median(inference)),
+        float(np.median(recalibration)),
+        middle,
+        low,
+        high,
+    )
+
+
+def make_pass(name: str, variant: str, options: argparse.Namespace) -> None:
+    """Builds a model, makes one pass over its data, prints this process' peak."""
+    model, x = prepare(name, options)
+    if variant == "inference":
+        infer = tf.function(
+            lambda x: model(x, training=False),
+            autograph=False,
+            reduce_retracing=True,
+        )
+        for batch in Batches(x, batch_size=options.batch_size):
+            infer(batch[0])
+    else:
+        recalibrate(model, x, batch_size=options.batch_size, refine=0, verbose=0)
+    print(peak_memory())
+
+
+def peak_memory() -> int:
+    """Most memory, in bytes, that this process has had resident at a time."""
+    try:
+        # `ru_maxrss` would begin with what the parent had when it forked.
+        status = Path("/proc/self/status").read_text("ascii")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def machine() -> str:
+    """What all of it ran on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def versions() -> str:
+    """The versions that count."""
+    return (
+        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
+        f"Keras {keras.__version__}, NumPy {np.__version__}"
+    )
+
+
+TIMES_HEAD = ("model", "pass", "ms a batch", "ratio", "quartiles")
+PEAKS_HEAD = ("model", *PEAKS, "difference", "quartiles")
+
+
+def time_cells(line: Time) -> tuple[str, ...]:
+    """A line of the table of times, as text."""
+    return (
+        line.model,
+        line.variant,
+        f"{line.milliseconds:.2f}",
+        f"{line.ratio:.2f}",
+        f"{line.low:.2f} to {line.high:.2f}",
+    )
+
+
+def peak_cells(line: Peak) -> tuple[str, ...]:
+    """A line of the table of memory, as text."""
+    return (
+        line.model,
+        f"{line.inference:.0f} MB",
+        f"{line.recalibration:.0f} MB",
+        f"{line.difference:+.0f} MB",
+        f"{line.low:+.0f} to {line.high:+.0f} MB",
+    )
+
+
+PAGE = """\
+# Benchmarks
+
+What recalibration costs, as ratios to an inference pass over the same batches. This page
+is written by the command below, which takes some minutes:
+
+```bash
+{command}
+```
+
+Measured on {machine}; {versions}; {repeats} repeats in batches of {batch_size}; load of
+the machine at the start {load:.1f}. `mlp` has three dense layers of 1024, each with
+`BatchNormalization`; the others are those of `keras.applications` at 96×96.
+
+## Time
+
+All passes over one model run in one process, in turn, traced before. The ratio is to the
+inference pass of the same repeat: the median, and the quartiles. The limit that we set
+ourselves is 1.15 for the first pass. The *eager training forward* is the loop that people
+write by hand.
+
+{times}
+
+## Memory
+
+The peak (resident set) of a fresh process that builds the model and makes one pass, tracing
+included: medians over {memory_repeats} processes each. The limit that we set ourselves is a
+difference of 64 MB.
+
+{peaks}
+"""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--markdown", type=Path, help="write a page with all of it")
+    parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print(
-        f"TensorFlow {tf.__version__}, Keras {keras.__version__}, "
-        f"{os.cpu_count()} cores"
-    )
-    print(f"{'model':12}  {'pass':24}  ms/batch  ratio  quartiles")
+    if options.peak:
+        make_pass(options.models[0], options.peak, options)
+        return
+    load = os.getloadavg()[0]
+    print(f"{machine()}\n{versions()}\n")
+    peaks = []
     for name in options.models:
-        keras.utils.set_random_seed(0)
-        model, shape = MODELS[name]()
-        count = options.batches * (10 if name == "mlp" else 1)
-        x = np.random.default_rng(0).normal(size=(count * options.batch_size, *shape))
-        batches = list(Batches(x, batch_size=options.batch_size))
-        runs = variants(model)
-        times: dict[str, list[float]] = {variant: [] for variant in runs}
-        for repeat in range(options.repeats + 1):
-            for variant, run in runs.items():
-                start = time.perf_counter()
-                run(batches)
-                if repeat:
-                    times[variant].append((time.perf_counter() - start) / count)
-        base = np.array(times["inference"])
-        for variant, seconds in times.items():
-            ratios = np.array(seconds) / base
-            low, high = np.quantile(ratios, [0.25, 0.75])
-            print(
-                f"{name:12}  {variant:24}  {1e3 * np.median(seconds):8.2f}  "
-                f"{np.median(ratios):5.2f}  {low:.2f}-{high:.2f}"
-            )
+        peaks.append(peak_cells(measure_peaks(name, options)))
+        print("memory  " + "  ".join(peaks[-1]))
+    print()
+    times = []
+    for name in options.models:
+        for line in measure_times(name, options):
+            times.append(time_cells(line))
+            print("  ".join(cell.ljust(22) for cell in times[-1]))
+    if options.markdown is not None:
+        page = PAGE.format(
+            command=shlex.join(["python", *sys.argv]),
+            machine=machine(),
+            versions=versions(),
+            repeats=options.repeats,
+            batch_size=options.batch_size,
+            memory_repeats=min(options.repeats, MEMORY_REPEATS),
+            load=load,
+            times=table(TIMES_HEAD, times),
+            peaks=table(PEAKS_HEAD, peaks),
+        )
+        options.markdown.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

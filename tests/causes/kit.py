@@ -13,10 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_callbacks import BatchNormLagWarning, BatchNormMonitor
-from bn_callbacks.data import Batches
-from bn_callbacks.layers import count_inputs, find, read
-from bn_callbacks.population import Population
-from bn_callbacks.statistics.moments import Statistics
 
 Array = NDArray[Any]
 Callbacks = list[keras.callbacks.Callback]
@@ -186,78 +182,6 @@ def pictures(
     wave = np.sin(2 * np.pi * (labels[:, None] + 1) * grid + phase)
     x = wave[:, None, :, None] + noise * draw.normal(size=(rows, size, size, 1))
     return x.astype("float32"), labels.astype("int32")
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses on the probe, everything but BN in inference mode.
-
-    Args:
-        inference: In inference mode.
-        batch: With batch statistics.
-        recalibrated: In inference mode, after one pass over the probe.
-        trivial: Of a constant prediction, where there is one target.
-    """
-
-    inference: float
-    batch: float
-    recalibrated: float
-    trivial: float
-
-    @property
-    def gap(self) -> float:
-        return self.inference / self.batch
-
-
-def losses(run: Run, batch_size: int | None = None) -> Losses:
-    """Measures what a case really has, apart from any diagnosis.
-
-    Args:
-        run: The run, trained.
-        batch_size: Examples in a batch; those of the training by default.
-    """
-    trivial = constant(run.probe[1])
-    found = find(run.model)
-    if not found:
-        data = dict(zip(("x", "y"), run.probe, strict=True))
-        loss = float(run.model.evaluate(**data, verbose=0))
-        return Losses(loss, loss, loss, trivial)
-    stored = read(found)
-    population = Population(run.model, found, loss=True)
-    batches = Batches(
-        run.probe,
-        batch_size=batch_size or run.batch_size,
-        inputs=count_inputs(run.model),
-    )
-    first = population.measure(batches)
-    pooled = [Statistics(m.mean, m.variance) for m in first.moments]
-    recalibrated = population.measure(batches, pooled).loss
-    is_finite = all(np.isfinite(part).all() for layer in stored for part in layer)
-    inference = population.measure(batches, stored).loss if is_finite else math.nan
-    return Losses(inference, first.loss, recalibrated, trivial)
-
-
-def is_as_described(case: Case, measured: Losses) -> bool:
-    """Whether a case has the gap that it claims, and is well trained if silent."""
-    if case.expected == "non_finite":
-        return math.isnan(measured.gap) and math.isfinite(measured.batch)
-    if case.scored and case.expected is None:
-        learned = measured.inference < measured.trivial / 2
-        if not (learned or math.isnan(measured.trivial)):
-            return False
-    low, high = case.gap or (-math.inf, math.inf)
-    return low <= measured.gap <= high
-
-
-def constant(targets: Any) -> float:
-    """The loss of the best constant prediction."""
-    if isinstance(targets, list):
-        return math.nan
-    if targets.dtype.kind == "i":
-        shares = np.bincount(targets) / len(targets)
-        shares = shares[shares > 0]
-        return float(-(shares * np.log(shares)).sum())
-    return float(targets.var())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""The only rooms that know Keras' internals, which change with every release."""
+
+from bn_callbacks.layers.facts import (
+    Fingerprint,
+    count_inputs,
+    examples_seen,
+    has_own_train_step,
+    is_stale,
+    iterations,
+    pinned_in_graph,
+    replicas,
+    steps_made,
+    steps_per_execution,
+    takes_training,
+    uses_ema,
+)
+from bn_callbacks.layers.find import (
+    BatchNormLayer,
+    LayerSelection,
+    check_model,
+    find,
+    is_built,
+)
+from bn_callbacks.layers.modes import (
+    batch_mode,
+    compute_loss,
+    forward,
+    runs_in_training_mode,
+    stateless,
+)
+from bn_callbacks.layers.state import (
+    Reader,
+    Snapshot,
+    assign,
+    read,
+    restore,
+    snapshot,
+    versions,
+)
+
+__all__ = [
+    "BatchNormLayer",
+    "Fingerprint",
+    "LayerSelection",
+    "Reader",
+    "Snapshot",
+    "assign",
+    "batch_mode",
+    "check_model",
+    "compute_loss",
+    "count_inputs",
+    "examples_seen",
+    "find",
+    "forward",
+    "has_own_train_step",
+    "is_built",
+    "is_stale",
+    "iterations",
+    "pinned_in_graph",
+    "read",
+    "replicas",
+    "restore",
+    "runs_in_training_mode",
+    "snapshot",
+    "stateless",
+    "steps_made",
+    "steps_per_execution",
+    "takes_training",
+    "uses_ema",
+    "versions",
+]

@@ -1,0 +1,133 @@
+"""Facts about a model that is trained: its steps, its graph, its optimizer."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from bn_callbacks.layers.find import BatchNormLayer, nodes_of
+
+
+def pinned_in_graph(layer: keras.layers.Layer, is_pinned: bool = False) -> set[int]:
+    """BN layers, by `id`, for which a functional graph stores `training=False`.
+
+    In `fit`, Keras 3 overrides it (keras#20285).
+    """
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return {id(layer)} if is_pinned else set()
+    if not hasattr(layer, "_nodes_by_depth"):
+        inner = layer._layers if isinstance(layer, keras.layers.Layer) else []
+        return set().union(*(pinned_in_graph(child, is_pinned) for child in inner))
+    found: set[int] = set()
+    for node in nodes_of(layer):
+        stored = node.arguments.kwargs.get("training") if node.arguments else None
+        found |= pinned_in_graph(node.operation, is_pinned or stored is False)
+    return found
+
+
+def takes_training(model: keras.Model) -> bool:
+    """Whether the model's `call` takes `training`, so that `fit` passes it."""
+    return bool(model._call_has_training_arg)
+
+
+def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
+    """Whether `trainable` was changed after `compile`, as far as Keras remembers."""
+    compiled = getattr(model, "_compiled_trainable_state", None) or {}
+    return bn.layer in compiled and bool(compiled[bn.layer]) != bn.trainable
+
+
+def replicas(model: keras.Model) -> int:
+    """Number of replicas that the model is trained on."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return int(getattr(strategy, "num_replicas_in_sync", 1))
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Whether the model makes its training steps itself."""
+    return type(model).train_step is not keras.Model.train_step
+
+
+def examples_seen(model: keras.Model) -> float | None:
+    """Examples since the epoch began, as the model's loss metric counts them.
+
+    None where it cannot be known: Keras before 3.3 counts batches, a model with its
+    own `train_step` nothing.
+    """
+    if not _COUNTS_EXAMPLES:
+        return None
+    for metric in model.metrics:
+        if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
+            return float(metric.count.value.numpy()) or None
+    return None
+
+
+_COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
+
+
+class Fingerprint:
+    """Tells whether the weights of a model have changed.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        variables = [variable.value for variable in model.trainable_variables]
+
+        @tf.function(autograph=False)
+        def sums() -> Any:
+            return [tf.reduce_sum(tf.cast(value, tf.float32)) for value in variables]
+
+        self._sums = sums
+
+    def __call__(self) -> bytes:
+        """A value that almost surely changes with any weight."""
+        return np.array([total.numpy() for total in self._sums()]).tobytes()
+
+
+def count_inputs(model: keras.Model) -> int | None:
+    """The number of input tensors the model was built for, where it is known."""
+    # Keras 3.0 raises for a model without inputs yet.
+    inputs = getattr(model, "inputs", None) if model.built else None
+    if inputs is not None:
+        return len(tf.nest.flatten(inputs))
+    shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
+    if len(shapes) != 1:
+        return len(shapes) or None
+    is_one = isinstance(shapes[0], (tuple, list)) and not any(
+        isinstance(size, (tuple, list, dict)) for size in shapes[0]
+    )
+    return 1 if is_one else len(shapes[0])
+
+
+def raw_iterations(model: keras.Model) -> Any:
+    """The optimizer's own step counter, which counts micro-batches as well."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    # Before Keras 3.1 `iterations` was the counter itself.
+    return getattr(optimizer, "_iterations", getattr(optimizer, "iterations", None))
+
+
+def steps_made(model: keras.Model) -> int:
+    """Training steps the model's optimizer has seen, micro-batches included."""
+    counter = raw_iterations(model)
+    return 0 if counter is None else int(counter.value)
+
+
+def iterations(model: keras.Model) -> int:
+    """The number of optimizer steps, as `model.optimizer.iterations` counts."""
+    optimizer = getattr(model, "optimizer", None)
+    return 0 if optimizer is None else int(optimizer.iterations)
+
+
+def uses_ema(model: keras.Model) -> bool:
+    """Whether the optimizer puts averaged weights into the model at the end."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return bool(getattr(optimizer, "use_ema", False))
+
+
+def steps_per_execution(model: keras.Model) -> int:
+    """Training steps that one execution of the train function makes at most."""
+    return int(getattr(model, "steps_per_execution", None) or 1)

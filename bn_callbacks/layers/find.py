@@ -1,0 +1,314 @@
+"""Finding the BN layers of a model, and what each of them is."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from bn_callbacks.statistics.moments import Statistics
+
+_LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+LayerSelection: TypeAlias = (
+    str | re.Pattern[str] | Callable[[Any], bool] | Iterable[Any] | None
+)
+
+
+Moments = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormLayer:
+    """One BN layer of a model: its identity and its stored state.
+
+    Args:
+        path: Unique path of the layer in its model.
+        layer: The Keras layer.
+        calls: Updates of its moving averages in one training step: 1, or more
+            for a layer that a functional model calls several times.
+        named: Whether the user asked for this layer by its name, so that it
+            is worked on although it is frozen.
+    """
+
+    path: str
+    layer: keras.layers.BatchNormalization
+    calls: int = 1
+    named: bool = False
+
+    @property
+    def momentum(self) -> float:
+        """The weight of the old value in an update."""
+        return float(self.layer.momentum)
+
+    @property
+    def epsilon(self) -> float:
+        """What the layer adds to a variance."""
+        return float(self.layer.epsilon)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer is not frozen."""
+        return bool(self.layer.trainable)
+
+    @property
+    def channels(self) -> int:
+        """Length of the layer's statistics."""
+        return int(self.layer.moving_mean.shape[0])
+
+    @property
+    def renorm(self) -> bool:
+        """Whether the layer uses batch renormalisation (Keras 3.13 and later)."""
+        return bool(getattr(self.layer, "renorm", False))
+
+    @property
+    def precision(self) -> float | None:
+        """Machine epsilon of the statistics' dtype, if that is less than float32."""
+        return _LOW_PRECISION.get(self.layer.moving_mean.dtype)
+
+    @property
+    def averages(self) -> tuple[Any, Any]:
+        """The two variables that Keras updates as moving averages."""
+        second = "moving_stddev" if self.renorm else "moving_variance"
+        return self.layer.moving_mean, getattr(self.layer, second)
+
+    def statistics(self, averages: NDArray[np.float64]) -> Statistics:
+        """Mean and variance from the two averages, an array `(2, channels)`."""
+        mean, second = averages
+        if self.renorm:
+            second = np.square(second) - self.epsilon
+        return Statistics(mean, second)
+
+    @property
+    def initial(self) -> Statistics:
+        """The statistics the layer was built with."""
+        layer, shape = self.layer, (self.channels,)
+        return Statistics(
+            layer.moving_mean_initializer(shape).numpy().astype(np.float64),
+            layer.moving_variance_initializer(shape).numpy().astype(np.float64),
+        )
+
+    def state(self) -> list[tuple[Any, NDArray[Any]]]:
+        """Every variable that `assign` may write, with a copy of its value."""
+        layer = self.layer
+        variables = [layer.moving_mean, layer.moving_variance]
+        if self.renorm:
+            variables += [layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev]
+        return [(variable, np.array(variable.value.numpy())) for variable in variables]
+
+    def new_state(
+        self, statistics: Statistics, in_training: bool
+    ) -> list[tuple[Any, NDArray[Any]]]:
+        """The values that make the layer use `statistics`, in its own dtypes.
+
+        With renormalisation the next step would rewrite the variance from
+        `moving_stddev`, which is therefore written too; and `in_training` also the
+        averages towards which it corrects batches.
+
+        Raises:
+            ValueError: A value is not finite in the layer's own dtype.
+        """
+        mean, variance = statistics
+        values = [mean, variance]
+        if self.renorm:
+            stddev = np.sqrt(variance + self.epsilon)
+            values += [stddev, mean, stddev] if in_training else [stddev]
+        # A value beyond a float16's range becomes infinite.
+        with np.errstate(over="ignore"):
+            new = [
+                (variable, np.asarray(value).astype(old.dtype))
+                for (variable, old), value in zip(self.state(), values, strict=False)
+            ]
+        for _, value in new:
+            if not np.isfinite(value.astype(np.float64)).all():
+                raise ValueError(
+                    f"The statistics of {self.path} do not fit the layer's dtype. "
+                    f"Received: {value.dtype.name} values that are not finite. "
+                    "Scale the data, or store the statistics in float32."
+                )
+        return new
+
+    def rounded(self, statistics: Statistics) -> Statistics:
+        """`statistics` as the layer holds them, in its own dtype.
+
+        Raises:
+            ValueError: A value is not finite in that dtype.
+        """
+        (_, mean), (_, variance), *_ = self.new_state(statistics, in_training=False)
+        return Statistics(mean.astype(np.float64), variance.astype(np.float64))
+
+    def as_read(self, mean: Any, variance: Any, dtype: Any) -> tuple[Any, Any]:
+        """Tensors as a call reads them if they are the layer's moving statistics.
+
+        The layer's dtype rounds them, and with a mixed policy of Keras before 3.3
+        reading rounds them once more.
+        """
+        pairs = ((self.layer.moving_mean, mean), (self.layer.moving_variance, variance))
+        mapping = [(variable, tf.cast(new, variable.dtype)) for variable, new in pairs]
+        with keras.StatelessScope(mapping):
+            read_mean, read_variance = (
+                keras.ops.cast(variable, dtype.name) for variable, _ in pairs
+            )
+        return read_mean, read_variance
+
+
+def check_model(model: Any) -> None:
+    """Raises a clear error for anything but a built Keras 3 model on TensorFlow."""
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "bn_callbacks works on Keras' TensorFlow backend only. Received: "
+            f"keras.backend.backend()={keras.backend.backend()!r}. Set the "
+            "environment variable KERAS_BACKEND=tensorflow before importing keras."
+        )
+    if not isinstance(model, keras.Model):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        hint = "Pass the model that you call `fit` on."
+        origins = tuple(base.__module__ for base in type(model).__mro__)
+        keras_2 = ("tf_keras", "keras.engine", "keras.src.engine")
+        if any(origin.startswith(keras_2) for origin in origins):
+            hint = (
+                "This is a Keras 2 model: unset TF_USE_LEGACY_KERAS and build it "
+                "with `keras` instead of `tf_keras`."
+            )
+        raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
+
+
+def is_built(model: keras.Model) -> bool:
+    """Whether all BN layers of the model have their statistics."""
+    return bool(model.built) and all(map(_has_statistics, _batch_norms(model)))
+
+
+def _has_statistics(layer: keras.layers.BatchNormalization) -> bool:
+    # Keras before 3.1 makes the attribute only when it builds the layer.
+    return getattr(layer, "moving_mean", None) is not None
+
+
+def _batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLayer]:
+    """Finds the BN layers of a model, nested ones included, in model order.
+
+    Args:
+        model: A built Keras model.
+        layers: `None` for all; or a name, a path, a regular expression, a
+            layer, a predicate `layer -> bool`, or a list of these.
+
+    Returns:
+        The layers found; an empty list where the model has no BN layer. Layers that
+        a built model never uses, and so never builds, are none.
+
+    Raises:
+        ValueError: The model is not built, or `layers` selects nothing.
+    """
+    everywhere = _batch_norms(model)
+    found = [layer for layer in everywhere if _has_statistics(layer)]
+    if not model.built or (everywhere and not found):
+        unbuilt = [layer.name for layer in everywhere if layer not in found]
+        raise ValueError(
+            f"The model is not built: {_some(unbuilt) or model.name} has no "
+            f"statistics yet. Received: model={model.name!r}. Call the model on a "
+            "batch of data, or train it, first."
+        )
+    order = {id(variable): index for index, variable in enumerate(model.variables)}
+    found.sort(key=lambda layer: order.get(id(layer.moving_mean), len(order)))
+    calls = _calls(model)
+    seen: Counter[str] = Counter()
+    everything = []
+    for layer in found:
+        # Keras before 3.3 gives paths to variables only.
+        path = getattr(layer, "path", None)
+        path = path or layer.moving_mean.path.rpartition("/")[0] or layer.name
+        seen[path] += 1
+        if seen[path] > 1:
+            path = f"{path}#{seen[path]}"
+        everything.append(BatchNormLayer(path, layer, max(1, calls[id(layer)])))
+    return _select(everything, layers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _select(
+    everything: list[BatchNormLayer], layers: LayerSelection
+) -> list[BatchNormLayer]:
+    if layers is None:
+        return everything
+    is_one = isinstance(layers, (str, re.Pattern)) or callable(layers)
+    chosen: dict[str, BatchNormLayer] = {}
+    selectors: Iterable[Any] = [layers] if is_one else layers  # type: ignore[assignment]
+    for selector in selectors:
+        named = [bn for bn in everything if _is(bn, selector)]
+        matching = named or [bn for bn in everything if _matches(bn, selector)]
+        if not matching:
+            raise ValueError(
+                "`layers` selects no BatchNormalization layer. Received: "
+                f"{selector!r}. The model has "
+                f"{_some([bn.path for bn in everything]) or 'none'}."
+            )
+        for bn in matching:
+            before = chosen.get(bn.path, bn)
+            chosen[bn.path] = replace(bn, named=bool(named) or before.named)
+    return [chosen[bn.path] for bn in everything if bn.path in chosen]
+
+
+def _is(bn: BatchNormLayer, selector: Any) -> bool:
+    if isinstance(selector, str):
+        return selector in (bn.path, bn.layer.name)
+    return selector is bn.layer
+
+
+def _matches(bn: BatchNormLayer, selector: Any) -> bool:
+    if isinstance(selector, (str, re.Pattern)):
+        return re.search(selector, bn.path) is not None
+    if isinstance(selector, keras.layers.Layer):
+        return False
+    if callable(selector):
+        return bool(selector(bn.layer))
+    raise TypeError(
+        "`layers` takes names, paths, regular expressions, layers or predicates. "
+        f"Received: {selector!r}."
+    )
+
+
+def _calls(layer: keras.layers.Layer) -> Counter[int]:
+    """How often one call of `layer` calls each BN layer, by `id`.
+
+    Exact for graphs of layers. A hand-written `call` cannot be counted from
+    outside; each of its layers is taken to be called once.
+    """
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return Counter({id(layer): 1})
+    if isinstance(layer, keras.Sequential):
+        children = list(layer.layers)
+    elif isinstance(layer, keras.layers.TimeDistributed):
+        # One call a time step, as many as the input was built with.
+        steps = (layer.get_build_config() or {}).get("input_shape", (None,) * 2)[1]
+        return Counter(
+            {key: count * (steps or 1) for key, count in _calls(layer.layer).items()}
+        )
+    elif hasattr(layer, "_nodes_by_depth"):
+        children = [node.operation for node in nodes_of(layer)]
+    else:
+        children = list({id(child): child for child in layer._layers}.values())
+    total: Counter[int] = Counter()
+    for child in children:
+        if isinstance(child, keras.layers.Layer):
+            total.update(_calls(child))
+    return total
+
+
+def nodes_of(model: keras.layers.Layer) -> list[Any]:
+    return [node for depth in model._nodes_by_depth.values() for node in depth]

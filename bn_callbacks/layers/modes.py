@@ -1,0 +1,216 @@
+"""Running a model with its BN layers in a mode of our own; nothing is written."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bn_callbacks.layers.find import BatchNormLayer, Moments
+
+
+def runs_in_training_mode(
+    model: keras.Model, layers: Sequence[BatchNormLayer], inputs: Any
+) -> list[bool | None]:
+    """Whether `fit` would run each layer on batch statistics.
+
+    Follows the model's own call as a training step makes it, on symbolic
+    inputs; nothing is computed and nothing in the model changes.
+
+    Args:
+        model: The model.
+        layers: The layers asked about.
+        inputs: A structure of `tf.TensorSpec`.
+
+    Returns:
+        For each layer, whether any of its calls asks for the statistics of a batch,
+        as a frozen layer does not; or None if nothing calls it. For a layer asked
+        for by its name, whether it does so when it is forced to.
+    """
+    asks: dict[BatchNormLayer, bool] = {}
+
+    def observe(bn: BatchNormLayer) -> dict[str, Any]:
+        own_call, own_moments = bn.layer.call, bn.layer._moments
+
+        @functools.wraps(own_call)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            asks.setdefault(bn, False)
+            if bn.named:
+                return _with_training(own_call, True, args, kwargs)
+            return own_call(*args, **kwargs)
+
+        def moments(*args: Any, **kwargs: Any) -> Any:
+            asks[bn] = True
+            return own_moments(*args, **kwargs)
+
+        observed: dict[str, Any] = {"call": call, "_moments": moments}
+        if bn.named:
+            observed["_trainable"] = True
+        return observed
+
+    @tf.function(autograph=False)
+    def symbolic(x: Any) -> None:
+        with stateless(model):
+            forward(model, x, training=True)
+
+    with _attributes({bn.layer: observe(bn) for bn in layers}):
+        symbolic.get_concrete_function(inputs)
+    return [asks.get(bn) for bn in layers]
+
+
+def forward(model: keras.Model, inputs: Any, training: bool) -> Any:
+    """Calls the model as `fit` does."""
+    if model._call_has_training_arg:
+        return model(inputs, training=training)
+    return model(inputs)
+
+
+@contextlib.contextmanager
+def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
+    """Inside, no Keras variable is written, and `compute_loss` finds all losses.
+
+    Args:
+        model: The model to be called.
+        salt: A whole number, as a tensor, that makes dropout, noise and
+            augmentation draw anew. As no seed advances, they draw the same each
+            time without it.
+    """
+    # Keras wants the current values of what it regularises spelt out.
+    mapping = [
+        (variable, variable.value)
+        for variable in model.trainable_variables
+        if getattr(variable, "regularizer", None) is not None
+    ]
+    if salt is not None:
+        seeds = [v for v in model.variables if v.name == "seed_generator_state"]
+        mapping += [
+            (seed, seed.value + tf.cast(tf.stack([salt, 0]), seed.value.dtype))
+            for seed in seeds
+        ]
+    with keras.StatelessScope(mapping, collect_losses=True):
+        yield
+
+
+def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) -> Any:
+    """The loss as `evaluate` computes it of a batch `(x, y, sample_weight)`."""
+    x, y, sample_weight = batch
+    arguments = {"x": x, "y": y, "y_pred": outputs, "sample_weight": sample_weight}
+    # Since Keras 3.3; a user's own method may still be without it.
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        arguments["training"] = False
+    return model.compute_loss(**arguments)
+
+
+def _with_training(
+    call: Callable[..., Any], training: bool, args: Any, kwargs: Any
+) -> Any:
+    """Calls a layer's `call`, whatever its signature, with another `training`."""
+    signature = inspect.signature(call)
+    bound = signature.bind(*args, **kwargs)
+    if "training" in signature.parameters:
+        bound.arguments["training"] = training
+    return call(*bound.args, **bound.kwargs)
+
+
+@contextlib.contextmanager
+def batch_mode(
+    model: keras.Model,
+    layers: Sequence[BatchNormLayer],
+    moments: Callable[[BatchNormLayer], Moments],
+    fused: Callable[[BatchNormLayer], Callable[..., Any]] | None = None,
+) -> Iterator[None]:
+    """Makes `layers` normalise with the statistics that `moments` returns.
+
+    Inside, and only for these layer objects, `training` is forced on, frozen
+    layers behave as unfrozen and renormalisation is off; the model's other BN layers
+    run in inference mode. Meant to surround the *tracing* of a function: the traced
+    graph keeps the behaviour, the layers get their attributes back.
+
+    Args:
+        model: The model.
+        layers: The layers.
+        moments: Maps a layer to its replacement of `_moments(inputs, mask)`.
+        fused: Maps a layer to a whole replacement of its computation,
+            `(inputs, mask) -> outputs or None`, for layers whose `call` is
+            Keras' own. `None` as its result means: compute it as usual.
+    """
+    starting: list[Any] = []
+
+    def call(bn: BatchNormLayer) -> Callable[..., Any]:
+        own = bn.layer.call
+        is_plain = type(bn.layer).call is keras.layers.BatchNormalization.call
+        whole = fused(bn) if fused is not None and is_plain else None
+
+        @functools.wraps(own)
+        def forced(*args: Any, **kwargs: Any) -> Any:
+            if starting and tf.compat.v1.get_default_graph() is starting[-1]:
+                return _with_training(own, False, args, kwargs)
+            if whole is not None:
+                given = inspect.signature(own).bind(*args, **kwargs).arguments
+                outputs = whole(given["inputs"], given.get("mask"))
+                if outputs is not None:
+                    return outputs
+            return _with_training(own, True, args, kwargs)
+
+        return forced
+
+    def pinned(layer: keras.layers.BatchNormalization) -> Callable[..., Any]:
+        own = layer.call
+        return functools.wraps(own)(
+            lambda *args, **kwargs: _with_training(own, False, args, kwargs)
+        )
+
+    def loop(layer: keras.layers.RNN) -> Callable[..., Any]:
+        own = layer.inner_loop
+
+        @functools.wraps(own)
+        def inner_loop(*args: Any, **kwargs: Any) -> Any:
+            # Before the loop, Keras tries the cell once to learn the output's shape:
+            # a call that nothing comes of, and whose input is not to be counted.
+            starting.append(tf.compat.v1.get_default_graph())
+            try:
+                return own(*args, **kwargs)
+            finally:
+                starting.pop()
+
+        return inner_loop
+
+    changes: dict[keras.layers.Layer, dict[str, Any]] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            changes[layer] = {"call": pinned(layer)}
+        elif isinstance(layer, keras.layers.RNN) and not layer.unroll:
+            changes[layer] = {"inner_loop": loop(layer)}
+    for bn in layers:
+        changes[bn.layer] = {
+            "call": call(bn),
+            "_moments": moments(bn),
+            "_trainable": True,
+        }
+        if bn.renorm:
+            changes[bn.layer]["renorm"] = False
+    with _attributes(changes):
+        yield
+
+
+@contextlib.contextmanager
+def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[None]:
+    """Sets instance attributes and restores the instances' dictionaries.
+
+    Past `__setattr__`, which for a Keras layer has side effects.
+    """
+    before = {layer: dict(vars(layer)) for layer in changes}
+    try:
+        for layer, attributes in changes.items():
+            vars(layer).update(attributes)
+        yield
+    finally:
+        for layer, attributes in changes.items():
+            for name in attributes:
+                if name in before[layer]:
+                    vars(layer)[name] = before[layer][name]
+                else:
+                    vars(layer).pop(name, None)
