@@ -11,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from bn_callbacks.data import Batches, First, fits, open_specs
+from bn_callbacks.data import Batches, fits, open_specs
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -25,24 +25,16 @@ from bn_callbacks.layers import (
     snapshot,
     steps_made,
 )
-from bn_callbacks.population import Measurement, Population, Until
+from bn_callbacks.population import Population, Until
+from bn_callbacks.probe import Probe
+from bn_callbacks.refinement import refine_statistics, seen_by
 from bn_callbacks.report import BatchNormReport, RecalibrationReport, layer_reports
 from bn_callbacks.statistics.evidence import Evidence
-from bn_callbacks.statistics.lag import lag
-from bn_callbacks.statistics.moments import Moments, Statistics
+from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.sampling import Blocks
-
-RESIDUAL_LIMIT = 1e-3
-"""Lag in inference mode at which the fixed point is taken to hold, for one layer."""
-
-EXTRA_PASSES = 10
-"""Refining passes beyond the number of layers, at most."""
 
 MIN_BATCHES = 16
 """Batches that are read before `tolerance` may stop a pass."""
-
-FEW_BATCHES = 4
-"""Batches that tell whether a long pass for refinement is worth it."""
 
 
 def recalibrate(
@@ -206,16 +198,16 @@ def audit(
     targets, *_ = _split(model, found, batches)
     loss_batch = loss_inference = None
     seen: dict[BatchNormLayer, Statistics] = {}
-    if _is_finite(stored):
+    if is_finite(stored):
         # Frozen layers, and those that never train, see only this side.
         inference = Population(model, found, loss=has_loss).measure(batches, stored)
-        seen.update(_seen(found, inference, stored))
+        seen.update(seen_by(found, inference, stored))
         loss_inference = inference.loss
     elif has_loss:
         loss_inference = math.nan
     if targets or has_loss:
         batch = Population(model, targets, loss=has_loss).measure(batches)
-        seen.update(_seen(targets, batch, read(targets)))
+        seen.update(seen_by(targets, batch, read(targets)))
         loss_batch = batch.loss
     return _report(
         found, stored, [seen.get(bn) for bn in found], model, loss_batch, loss_inference
@@ -276,7 +268,7 @@ class Recalibration:
                 "that are not empty or masked throughout."
             )
         old = read(targets)
-        seen = _seen(targets, first, old)
+        seen = seen_by(targets, first, old)
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = _report(
             [*targets, *uncalled],
@@ -284,7 +276,7 @@ class Recalibration:
             [*seen.values(), *uncalled.values()],
             self._model,
         )
-        new, residual, passes = _refine(
+        new, residual, passes = refine_statistics(
             self._population, batches, first, old, self._refine, show
         )
         loss_before = loss_after = None
@@ -336,62 +328,6 @@ class Recalibration:
             return all(e is not None and e <= tolerance for e in errors)
 
         return is_precise
-
-
-class Probe:
-    """A model's loss on a sample of data, in both modes of its BN layers.
-
-    Args:
-        model: A compiled model.
-        data: Data with targets.
-        layers: BN layers that change between the modes; by default all that are
-            not frozen.
-
-    Raises:
-        ValueError: The data have no targets, or the model has no loss.
-    """
-
-    def __init__(
-        self,
-        model: keras.Model,
-        data: Any,
-        layers: list[BatchNormLayer] | None = None,
-    ) -> None:
-        self._data = data
-        self._inputs = count_inputs(model)
-        self._batches = Batches(data, inputs=self._inputs)
-        has_targets = next(iter(self._batches))[1] is not None
-        if not (model.compiled and has_targets):
-            raise ValueError(
-                "Measuring a loss needs data with targets and a compiled model. "
-                f"Received: compiled={bool(model.compiled)}, targets={has_targets}. "
-                "Pass (x, y), and compile the model with a loss."
-            )
-        if layers is None:
-            layers = [bn for bn in find(model) if bn.trainable]
-        self.layers = layers
-        self._population = Population(model, layers, loss=True)
-
-    def measure(
-        self, batch_size: float | None = None
-    ) -> tuple[float | None, float | None]:
-        """The loss with batch statistics, and the loss in inference mode.
-
-        Args:
-            batch_size: Examples a batch in training, where it is known: batch
-                statistics are to be as good as there.
-        """
-        if batch_size is not None:
-            size = max(1, round(batch_size))
-            self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
-        batch = self._population.measure(self._batches).loss
-        return batch, self.inference_loss(read(self.layers))
-
-    def inference_loss(self, statistics: list[Statistics]) -> float | None:
-        """The loss if the layers stored these statistics."""
-        if not _is_finite(statistics):
-            return math.nan
-        return self._population.measure(self._batches, statistics).loss
 
 
 def check_options(refine: Any, tolerance: Any) -> None:
@@ -460,126 +396,11 @@ def _split(
     return updated, idle, uncalled
 
 
-def _refine(
-    population: Population,
-    batches: First,
-    first: Measurement,
-    old: list[Statistics],
-    refine: int | Literal["auto"],
-    verbose: int,
-) -> tuple[list[Statistics], float | None, int]:
-    """Further passes. Returns statistics, what remains of lag, and the passes made."""
-    layers = population.layers
-    new = _stored(layers, first, old)
-    if refine == 0:
-        return new, None, 1
-    length = first.batches
-
-    def measure(statistics: list[Statistics]) -> Measurement:
-        return population.measure(
-            batches, statistics, target=batches.length, verbose=verbose
-        )
-
-    if refine != "auto":
-        for _ in range(refine):
-            new = _stored(layers, measure(new), new)
-        return new, _max_lag(layers, measure(new), new), 2 + refine
-
-    if length >= 8 * FEW_BATCHES:
-        few = list(itertools.islice(batches, FEW_BATCHES))
-        by_batch = [moments.statistics for moments in population.measure(few).moments]
-        residual = _max_lag(layers, population.measure(few, new), by_batch)
-        if residual <= RESIDUAL_LIMIT / 10:
-            return new, residual, 1
-
-    # What is left in each layer adds up in those behind.
-    limit = RESIDUAL_LIMIT / math.sqrt(len(layers))
-    best, best_residual, previous, passes = new, math.inf, new, 1
-    # Layer k is exact after k passes, and one more pass shows it. A layer whose
-    # input depends on its own statistics, as in a recurrent cell, takes a few more.
-    while passes < len(layers) + EXTRA_PASSES:
-        seen = measure(previous)
-        passes += 1
-        residual = _max_lag(layers, seen, previous)
-        if residual < best_residual:
-            best, best_residual = previous, residual
-        # Where even an input that depends on no statistics changes, the data differ
-        # from pass to pass, and so much is noise.
-        entry = population.entry
-        noise = _max_lag(layers, seen, new, only=entry) if entry is not None else 0.0
-        if residual <= max(limit, 2 * noise):
-            break
-        previous = _stored(layers, seen, previous)
-    if math.isinf(best_residual):
-        worst = next(
-            bn
-            for bn, moments in zip(layers, seen.moments, strict=True)
-            if not _is_finite([moments.statistics])
-        )
-        raise ValueError(
-            f"In inference mode the input of {worst.path} overflows, with any "
-            f"statistics tried. Received: NaN or infinity in each of {passes - 1} "
-            "passes. Look for huge weights in the layers before."
-        )
-    return best, best_residual, passes
-
-
-def _max_lag(
-    layers: Sequence[BatchNormLayer],
-    measured: Measurement,
-    stored: Sequence[Statistics],
-    only: BatchNormLayer | None = None,
-) -> float:
-    """The largest lag of any layer that the data have reached."""
-    lags = [
-        lag(moments.statistics, statistics, bn.epsilon)
-        for bn, moments, statistics in zip(
-            layers, measured.moments, stored, strict=True
-        )
-        if moments.count > 0 and (only is None or bn is only)
-    ]
-    return max(lags, default=0.0)
-
-
-def _stored(
-    layers: Sequence[BatchNormLayer],
-    measured: Measurement,
-    otherwise: Sequence[Statistics],
-) -> list[Statistics]:
-    """What each layer would store: what was measured, or else what it had.
-
-    Nothing is measured of a layer that the data never reach, nor where statistics of
-    the layers before, not yet right, have made the activations overflow.
-    """
-    return [
-        bn.rounded(moments.statistics)
-        if moments.count > 0 and _is_finite([moments.statistics])
-        else other
-        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
-    ]
-
-
-def _seen(
-    layers: Sequence[BatchNormLayer],
-    measured: Measurement,
-    otherwise: Sequence[Statistics],
-) -> dict[BatchNormLayer, Statistics]:
-    """Measured statistics by layer, or others where nothing reached a layer."""
-    return {
-        bn: moments.statistics if moments.count > 0 else other
-        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
-    }
-
-
 def _is_worse(after: float | None, before: float | None) -> bool:
     """Whether the loss has risen, or is no number any more."""
     if after is None or before is None:
         return False
     return after > before or (math.isnan(after) and not math.isnan(before))
-
-
-def _is_finite(statistics: Sequence[Statistics]) -> bool:
-    return all(np.isfinite(part).all() for pair in statistics for part in pair)
 
 
 def _report(

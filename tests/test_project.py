@@ -15,6 +15,7 @@ FLOORS = (
     {"statistics"},
     {"data", "layers", "report"},
     {"clues", "examples", "findings", "population", "start_values", "steps", "windows"},
+    {"probe", "refinement"},
     {"recalibration", "tensorboard"},
     {"callbacks"},
     {"demo"},

@@ -20,7 +20,7 @@ from bn_callbacks.layers import (
     is_built,
     iterations,
 )
-from bn_callbacks.recalibration import Probe
+from bn_callbacks.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD

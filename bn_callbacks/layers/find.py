@@ -311,4 +311,5 @@ def _calls(layer: keras.layers.Layer) -> Counter[int]:
 
 
 def nodes_of(model: keras.layers.Layer) -> list[Any]:
+    """All calls in the graph of a functional model."""
     return [node for depth in model._nodes_by_depth.values() for node in depth]

@@ -239,3 +239,8 @@ def pool_batches(
         mean = (weights * means[used]).sum(axis=0) / total
         spread = variances[used] + np.square(means[used] - mean)
         return Moments(total, mean, (weights * spread).sum(axis=0))
+
+
+def is_finite(statistics: Iterable[Statistics]) -> bool:
+    """Whether all of these are numbers."""
+    return all(np.isfinite(part).all() for pair in statistics for part in pair)

@@ -68,8 +68,8 @@ def print_summary(title: str, results: Results) -> None:
         return
     print(f"\n{title}")
     counts = Counter((wanted(case), said(outcome)) for case, outcome in scored)
-    for (truth, answer), count in sorted(counts.items()):
-        print(f"  {truth:18} -> {answer:40} {count}")
+    for (expected, answer), count in sorted(counts.items()):
+        print(f"  {expected:18} -> {answer:40} {count}")
     problems = [pair for pair in scored if pair[0].expected]
     quiet = [pair for pair in scored if not pair[0].expected]
     right = sum(bool(one and one.is_right(case)) for case, one in problems)

@@ -250,8 +250,8 @@ def peak_cells(line: Peak) -> tuple[str, ...]:
 PAGE = """\
 # Benchmarks
 
-What recalibration costs, as ratios to an inference pass over the same batches. This page
-is written by the command below, which takes some minutes:
+What recalibration costs, as ratios to an inference pass over the same batches. This
+page is written by the command below, which takes some minutes:
 
 ```bash
 {command}
@@ -263,18 +263,18 @@ the machine at the start {load:.1f}. `mlp` has three dense layers of 1024, each 
 
 ## Time
 
-All passes over one model run in one process, in turn, traced before. The ratio is to the
-inference pass of the same repeat: the median, and the quartiles. The limit that we set
-ourselves is 1.15 for the first pass. The *eager training forward* is the loop that people
-write by hand.
+All passes over one model run in one process, in turn, traced before. The ratio is to
+the inference pass of the same repeat: the median, and the quartiles. The limit that we
+set ourselves is 1.15 for the first pass. The *eager training forward* is the loop that
+people write by hand.
 
 {times}
 
 ## Memory
 
-The peak (resident set) of a fresh process that builds the model and makes one pass, tracing
-included: medians over {memory_repeats} processes each. The limit that we set ourselves is a
-difference of 64 MB.
+The peak (resident set) of a fresh process that builds the model and makes one pass,
+tracing included: medians over {memory_repeats} processes each. The limit that we set
+ourselves is a difference of 64 MB.
 
 {peaks}
 """

@@ -1,0 +1,132 @@
+"""Passes that make statistics agree with what inference sees."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from bn_callbacks.data import First
+from bn_callbacks.layers import BatchNormLayer
+from bn_callbacks.population import Measurement, Population
+from bn_callbacks.statistics.lag import lag
+from bn_callbacks.statistics.moments import Statistics, is_finite
+
+RESIDUAL_LIMIT = 1e-3
+"""Lag in inference mode at which the fixed point is taken to hold, for one layer."""
+
+EXTRA_PASSES = 10
+"""Refining passes beyond the number of layers, at most."""
+
+FEW_BATCHES = 4
+"""Batches that tell whether a long pass for refinement is worth it."""
+
+
+def refine_statistics(
+    population: Population,
+    batches: First,
+    first: Measurement,
+    old: list[Statistics],
+    refine: int | Literal["auto"],
+    verbose: int,
+) -> tuple[list[Statistics], float | None, int]:
+    """Further passes. Returns statistics, what remains of lag, and the passes made."""
+    layers = population.layers
+    new = stored(layers, first, old)
+    if refine == 0:
+        return new, None, 1
+    length = first.batches
+
+    def measure(statistics: list[Statistics]) -> Measurement:
+        return population.measure(
+            batches, statistics, target=batches.length, verbose=verbose
+        )
+
+    if refine != "auto":
+        for _ in range(refine):
+            new = stored(layers, measure(new), new)
+        return new, max_lag(layers, measure(new), new), 2 + refine
+
+    if length >= 8 * FEW_BATCHES:
+        few = list(itertools.islice(batches, FEW_BATCHES))
+        by_batch = [moments.statistics for moments in population.measure(few).moments]
+        residual = max_lag(layers, population.measure(few, new), by_batch)
+        if residual <= RESIDUAL_LIMIT / 10:
+            return new, residual, 1
+
+    # What is left in each layer adds up in those behind.
+    limit = RESIDUAL_LIMIT / math.sqrt(len(layers))
+    best, best_residual, previous, passes = new, math.inf, new, 1
+    # Layer k is exact after k passes, and one more pass shows it. A layer whose
+    # input depends on its own statistics, as in a recurrent cell, takes a few more.
+    while passes < len(layers) + EXTRA_PASSES:
+        seen = measure(previous)
+        passes += 1
+        residual = max_lag(layers, seen, previous)
+        if residual < best_residual:
+            best, best_residual = previous, residual
+        # Where even an input that depends on no statistics changes, the data differ
+        # from pass to pass, and so much is noise.
+        entry = population.entry
+        noise = max_lag(layers, seen, new, only=entry) if entry is not None else 0.0
+        if residual <= max(limit, 2 * noise):
+            break
+        previous = stored(layers, seen, previous)
+    if math.isinf(best_residual):
+        worst = next(
+            bn
+            for bn, moments in zip(layers, seen.moments, strict=True)
+            if not is_finite([moments.statistics])
+        )
+        raise ValueError(
+            f"In inference mode the input of {worst.path} overflows, with any "
+            f"statistics tried. Received: NaN or infinity in each of {passes - 1} "
+            "passes. Look for huge weights in the layers before."
+        )
+    return best, best_residual, passes
+
+
+def max_lag(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    stored: Sequence[Statistics],
+    only: BatchNormLayer | None = None,
+) -> float:
+    """The largest lag of any layer that the data have reached."""
+    lags = [
+        lag(moments.statistics, statistics, bn.epsilon)
+        for bn, moments, statistics in zip(
+            layers, measured.moments, stored, strict=True
+        )
+        if moments.count > 0 and (only is None or bn is only)
+    ]
+    return max(lags, default=0.0)
+
+
+def stored(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    otherwise: Sequence[Statistics],
+) -> list[Statistics]:
+    """What each layer would store: what was measured, or else what it had.
+
+    Nothing is measured of a layer that the data never reach, nor where statistics of
+    the layers before, not yet right, have made the activations overflow.
+    """
+    return [
+        bn.rounded(moments.statistics)
+        if moments.count > 0 and is_finite([moments.statistics])
+        else other
+        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
+    ]
+
+
+def seen_by(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    otherwise: Sequence[Statistics],
+) -> dict[BatchNormLayer, Statistics]:
+    """Measured statistics by layer, or others where nothing reached a layer."""
+    return {
+        bn: moments.statistics if moments.count > 0 else other
+        for bn, moments, other in zip(layers, measured.moments, otherwise, strict=True)
+    }
