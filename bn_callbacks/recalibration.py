@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -338,7 +339,8 @@ def check_options(refine: Any, tolerance: Any) -> None:
             "`refine` must be 'auto' or a number of further passes, 0 or more. "
             f"Received: refine={refine!r}."
         )
-    if tolerance is not None and not tolerance > 0:
+    is_number = isinstance(tolerance, numbers.Real)
+    if tolerance is not None and not (is_number and tolerance > 0):
         raise ValueError(
             "`tolerance` must be None or a positive standard error, in standard "
             f"deviations. Received: tolerance={tolerance!r}."

@@ -64,7 +64,7 @@ def test_a_small_part_of_a_large_stream_is_as_good_as_all_of_it(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_independent_samples_are_read_until_their_standard_error(seed: int) -> None:
     tolerance, size, features = 0.05, 16, 12
     x = rng(seed).normal(3, 2, size=(20_000, features)).astype("float32")
@@ -80,8 +80,7 @@ def test_independent_samples_are_read_until_their_standard_error(seed: int) -> N
     assert error < 1.5 * tolerance
 
 
-@pytest.mark.parametrize("span", [1, 8])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("span", "seed"), [(1, 0), (8, 1)])
 def test_a_group_counts_once_however_many_samples_and_batches_it_has(
     seed: int, span: int
 ) -> None:
@@ -201,14 +200,9 @@ def test_the_callback_stops_early_too() -> None:
     assert len(read) < 100  # both times the same batches
 
 
-NOT_A_NUMBER = pytest.mark.xfail(
-    raises=TypeError, reason="check_options compares before it looks at the type"
-)
-
-
 @pytest.mark.parametrize(
     "tolerance",
-    [0, 0.0, -0.01, math.nan, pytest.param("0.01", marks=NOT_A_NUMBER)],
+    [0, 0.0, -0.01, math.nan, "0.01"],
     ids=repr,
 )
 def test_a_tolerance_that_is_no_positive_number_is_refused(tolerance: Any) -> None:

@@ -118,7 +118,7 @@ def steps_made(model: keras.Model) -> int:
 def iterations(model: keras.Model) -> int:
     """The number of optimizer steps, as `model.optimizer.iterations` counts."""
     optimizer = getattr(model, "optimizer", None)
-    return 0 if optimizer is None else int(optimizer.iterations)
+    return 0 if optimizer is None else int(optimizer.iterations.numpy())
 
 
 def uses_ema(model: keras.Model) -> bool:
