@@ -120,7 +120,7 @@ def test_recovers_the_batch_statistics(momentum, steps, bound, record_property):
     x, y = data(steps)
     monitor = watch(make_model(momentum), x, y)
     error = recovery_error(monitor, batches_of(x), momentum)
-    record_property("relative_error", error)
+    record_property("relative_error", float(error))
     assert error < bound
 
 
