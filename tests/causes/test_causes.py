@@ -8,8 +8,8 @@ import truth
 from cases import CASES
 from kit import Case, Outcome
 
-# Some minutes altogether.
-pytestmark = pytest.mark.slow
+# A quarter of an hour altogether; `-m benchmark` runs them.
+pytestmark = pytest.mark.benchmark
 
 SCORED = [case for case in CASES if case.scored]
 
