@@ -79,7 +79,8 @@ class Fingerprint:
         def sums() -> Any:
             return [tf.reduce_sum(tf.cast(value, tf.float32)) for value in variables]
 
-        self._sums = sums
+        # Not the function itself, which TensorFlow would see retraced in each `fit`.
+        self._sums = sums.get_concrete_function()
 
     def __call__(self) -> bytes:
         """A value that almost surely changes with any weight."""

@@ -113,7 +113,8 @@ class Reader:
             step = -1 if counter is None else counter.value
             return tf.concat([[tf.cast(step, tf.float64)], *flat], axis=0)
 
-        self._read_all = read_all
+        # Not the function itself, which TensorFlow would see retraced in each `fit`.
+        self._read_all = read_all.get_concrete_function()
 
     def __call__(self) -> tuple[int | None, NDArray[np.float64]]:
         """The optimizer's step count (None without one) and all averages, flat."""
