@@ -11,6 +11,7 @@ from bn_callbacks.layers.facts import (
     replicas,
     steps_made,
     steps_per_execution,
+    strategy,
     takes_training,
     uses_ema,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "stateless",
     "steps_made",
     "steps_per_execution",
+    "strategy",
     "takes_training",
     "uses_ema",
     "versions",
