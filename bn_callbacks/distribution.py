@@ -1,11 +1,12 @@
 """The replicas and workers of a `tf.distribute` strategy, as a team."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 _MESSAGE_BYTES = 1000
 
@@ -13,10 +14,10 @@ _MESSAGE_BYTES = 1000
 class Team:
     """Those who share the work of a pass: replicas here, workers elsewhere.
 
-    Workers talk to each other in `together` and `gather` alone, which all of them
-    must call in the same order. What may fail is done in `together`, so that nobody
-    waits for one that has failed. A worker that has died makes TensorFlow give up
-    within its own time-out, some ten seconds.
+    Workers talk to each other in `agreed` and `gather` alone, which all of them must
+    come to in the same order. What may fail is done in `agreed`, so that nobody waits
+    for one that has failed. When a worker has died, TensorFlow gives up within its own
+    time-out.
 
     Args:
         strategy: The strategy; None for none.
@@ -42,6 +43,11 @@ class Team:
     def _add_id(self, context: Any) -> Any:
         self._ids.append(context.replica_id_in_sync_group)
         return tf.constant(0)
+
+    @property
+    def size(self) -> int:
+        """Number of replicas of all workers."""
+        return self.replicas * self.workers
 
     @property
     def is_chief(self) -> bool:
@@ -104,40 +110,36 @@ class Team:
             ) from error
         return total
 
-    def together(
-        self, work: Callable[[], ArrayLike], size: int = 0
-    ) -> NDArray[np.float64]:
-        """Does a piece of work on every worker, and ends when all have done it.
+    def everywhere(self, is_so: bool) -> bool:
+        """Whether it is so on all workers."""
+        return bool(self.gather(np.array([float(is_so)])).all())
 
-        Args:
-            work: Returns `size` numbers for the others.
-            size: How many.
-
-        Returns:
-            What the work of each worker has returned, shape `(workers, size)`.
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Ends when all workers have done what is inside, and raises if any failed.
 
         Raises:
-            Exception: What `work` has raised here.
-            RuntimeError: `work` has failed on another worker, or that does not answer.
+            Exception: What was raised inside, here.
+            RuntimeError: Another worker has failed inside, or does not answer.
         """
-        if self.workers == 1:
-            return np.reshape(np.asarray(work(), np.float64), (1, size))
-        row, error = np.zeros(size), None
+        error: BaseException | None = None
         try:
-            row[:] = work()
+            yield
         except BaseException as raised:
+            if self.workers == 1:
+                raise
             error = raised
-        rows = self.gather(np.array([error is not None, *row], np.float64))
-        failed = np.flatnonzero(rows[:, 0])
+        if self.workers == 1:
+            return
+        failed = np.flatnonzero(self.gather(np.array([float(error is not None)])))
         if len(failed):
-            texts = self._tell("" if error is None else f"{error or error!r}")
+            texts = self._tell("" if error is None else str(error) or repr(error))
             if error is not None:
                 raise error
             raise RuntimeError(
                 f"Worker {failed[0]} has failed, so that nothing is changed on any. "
                 f"Received there: {texts[failed[0]]}"
             )
-        return rows[:, 1:]
 
     def _tell(self, text: str) -> list[str]:
         letters = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)

@@ -202,7 +202,9 @@ class Population:
         taken to have been given its own share.
         """
         if self.team.workers > 1:
-            sums = self.team.together(lambda: [batches.checksum()], 1)
+            with self.team.agreed():
+                own = batches.checksum()
+            sums = self.team.gather(np.array([own]))
             if (sums == sums[0]).all():
                 batches.share(self.team.worker, self.team.workers)
 
@@ -267,13 +269,13 @@ class Population:
             return False, take(pending)
 
         while True:
-            ended, enough = self.team.together(work, 2).astype(bool).T
-            if (ended | enough).all():
+            with self.team.agreed():
+                ended, enough = work()
+            if self.team.everywhere(ended or enough):
                 break
         if bar is not None and count != target:
             bar.update(count, finalize=True)
-        own = [count, samples, *losses]
-        rows = self.team.together(lambda: _flat(own, pooled), _size(own, pooled))
+        rows = self.team.gather(_flat([count, samples, *losses], pooled))
         return _measurement(rows, self.layers, count)
 
     def _fetch(self, pending: list[tuple[list[int], tuple[Any, ...]]]) -> _Results:
@@ -569,10 +571,6 @@ def _concat(vectors: Sequence[Any]) -> Any:
 
 def _samples(inputs: Any) -> int:
     return int(tf.nest.flatten(inputs)[0].shape[0] or 0)
-
-
-def _size(own: Sequence[float], moments: Sequence[Moments]) -> int:
-    return len(own) + sum(1 + 2 * len(one.mean) for one in moments)
 
 
 def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float64]:

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "bn_callbacks"
 
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
-    {"statistics"},
-    {"data", "distribution", "layers", "report"},
+    {"distribution", "statistics"},
+    {"data", "layers", "report"},
     {"clues", "examples", "findings", "population", "start_values", "steps", "windows"},
     {"probe", "refinement"},
     {"recalibration", "tensorboard"},
