@@ -78,14 +78,21 @@ class Batches:
             )
         if size is not None and steps is not None and steps > size:
             raise ValueError(_ran_out(size, steps))
-        self.length = steps or size
+        self._length = steps or size
         if isinstance(self._source, Iterator):
             self._once = self._source
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches that are given; None if unknown."""
+        if self._length is None:
+            return None
+        return len(range(self._part, self._length, self._parts))
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
         for item in itertools.islice(self._items(), self.steps):
-            if count >= MAX_UNSIZED_BATCHES and self.length is None:
+            if count >= MAX_UNSIZED_BATCHES and self._length is None:
                 raise ValueError(
                     "`x` seems to be infinite. Received: more than "
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."

@@ -307,7 +307,7 @@ def test_the_reader_reads_all_averages_and_the_step() -> None:
     step, flat = reader()
     assert step == 0
     for index, (mean, variance) in enumerate(stored(model)):
-        np.testing.assert_array_equal(reader.averages(flat, index), [mean, variance])
+        np.testing.assert_array_equal(reader.averages(flat, index), [[mean, variance]])
     model.train_on_batch(X, X[:, :1])
     step, flat = reader()
     assert step == 1
