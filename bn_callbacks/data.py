@@ -25,7 +25,8 @@ class Batches:
     Args:
         x: An array; a list, dict or tuple structure of arrays; `(x, y)` or
             `(x, y, sample_weight)` of these; a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator or other iterable of batches.
+            `keras.utils.PyDataset`, a `tf.distribute.DistributedDataset`, or a
+            generator or other iterable of batches.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
@@ -209,6 +210,8 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
     if isinstance(x, keras.utils.PyDataset):
         return _Indexed(x), _num_batches(x)
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return _Distributed(x), None
     if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
         try:
             return x, len(x)  # type: ignore[arg-type]
@@ -356,3 +359,19 @@ class _Indexed:
         size = _num_batches(self._dataset)
         indices = itertools.count() if size is None else range(size)
         return (self._dataset[index] for index in indices)
+
+
+class _Distributed:
+    """A distributed dataset: what each replica of this process gets, as a batch."""
+
+    def __init__(self, dataset: tf.distribute.DistributedDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._dataset:
+            leaves = tf.nest.flatten(item)
+            # Only a value that differs between replicas has values.
+            columns = [getattr(leaf, "values", (leaf,)) for leaf in leaves]
+            for parts in zip(*columns, strict=True):
+                if len(parts[0]):  # A replica may get nothing of the last batch.
+                    yield tf.nest.pack_sequence_as(item, parts)

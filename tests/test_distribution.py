@@ -145,6 +145,20 @@ def test_synchronized_layers_and_generators() -> None:
     assert_same(model, reference)
 
 
+def test_a_distributed_dataset_is_read_as_it_is_divided() -> None:
+    strategy = mirrored(4)
+    model, reference = twin(strategy, lambda: single(6))
+    x = normal(50, 6)
+    # 16 samples in four parts; of the last two samples two replicas get none.
+    dataset = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(16)
+    distributed = strategy.experimental_distribute_dataset(dataset)
+    for _ in range(2):
+        report = bn.recalibrate(model, distributed, verbose=0)
+        assert (report.samples, report.batches) == (50, 14)
+    bn.recalibrate(reference, x, verbose=0)
+    assert_same(model, reference)
+
+
 def test_inside_the_scope_as_outside() -> None:
     strategy = mirrored(2)
     for build, x in ((lambda: dense(2), normal(50, 6)), (in_loop, normal(50, 3, 6))):
