@@ -77,6 +77,7 @@ PROBLEMS = {
     causes.INFERENCE_MODE: replace(HEALTHY, is_still=True),
     causes.TINY_BATCH: replace(HEALTHY, batch_size=2.0, windows=random_windows(1.0)),
     causes.LOW_PRECISION: replace(HEALTHY, moving=constant(3), precision=2.0**-7),
+    causes.REPLICAS_DIFFER: replace(HEALTHY, replicas=[constant(0), constant(1)]),
     causes.OUTLIERS: replace(HEALTHY, windows=random_windows(0.01, 50.0)),
     causes.CORRELATED_BATCHES: replace(HEALTHY, windows=random_windows(0.5)),
     causes.WEIGHTS_REPLACED: replace(HEALTHY, are_weights_replaced=True),
@@ -162,6 +163,16 @@ def test_examples_in_an_order_show_in_windows_that_recur():
     seen = replace(HEALTHY, recurrence=1.0)
     assert diagnose(seen).cause == causes.CORRELATED_BATCHES
     assert diagnose(seen).design_effect == pytest.approx(31 / window_noise(0.99, 10))
+
+
+def test_replicas_differ_only_beyond_what_sampling_explains():
+    apart = replace(HEALTHY, replicas=[constant(0), constant(0.6)])
+    assert diagnose(apart).cause == causes.REPLICAS_DIFFER
+    assert diagnose(apart).disagreement == pytest.approx(0.3 / math.sqrt(1.09), rel=0.1)
+    noisy = replace(apart, windows=random_windows(0.9))
+    assert measure(noisy).own_noise > measure(noisy).disagreement
+    assert diagnose(noisy).cause != causes.REPLICAS_DIFFER
+    assert diagnose(replace(apart, loss_gap=1.0)).cause == causes.HEALTHY
 
 
 def test_a_small_last_batch_adds_its_noise():
