@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from bn_callbacks.arguments import check_whole, shown
 
 # Data that cannot tell its length must end within so many batches: an endless
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
@@ -44,13 +47,10 @@ class Batches:
         steps: int | None = None,
         inputs: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if value is not None and not (_is_whole(value) and value >= 1):
-                raise ValueError(
-                    f"`{name}` must be a positive integer or None. Received: "
-                    f"{name}={value!r}."
-                )
-        self.steps = steps
+        check_whole("batch_size", batch_size)
+        check_whole("steps", steps)
+        # A longer stream than this is never read to its end.
+        self.steps = None if steps is None else min(int(steps), sys.maxsize)
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
@@ -74,9 +74,9 @@ class Batches:
                 f"`x` is empty. Received: {type(x).__name__} of no samples. Pass at "
                 "least one batch of data."
             )
-        if size is not None and steps is not None and steps > size:
-            raise ValueError(_ran_out(size, steps))
-        self.length = steps or size
+        if size is not None and self.steps is not None and self.steps > size:
+            raise ValueError(_ran_out(size, self.steps))
+        self.length = self.steps or size
         if isinstance(self._source, Iterator):
             self._once = self._source
 
@@ -119,11 +119,6 @@ class Batches:
                     error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
                 raise
             yield item
-
-
-def _is_whole(value: Any) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and bool(float(value).is_integer())
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def _describe(x: Any) -> str:
     if isinstance(x, (list, tuple, dict)):
         kinds = sorted({type(leaf).__name__ for leaf in tf.nest.flatten(x)})
         return f"{type(x).__name__} of {', '.join(kinds) or 'nothing'}"
-    return f"{x!r:.60} of type {type(x).__name__}"
+    return f"{shown(x)} of type {type(x).__name__}"
 
 
 def _to_tensors(item: Any, index: int) -> Batch:
@@ -291,10 +286,11 @@ class _Arrays:
         if len(sizes) > 1:
             raise ValueError(
                 "All arrays must have the same number of samples. Received: arrays "
-                f"of {', '.join(map(str, sizes))} samples."
+                f"of {', '.join(map(str, sizes))} samples. Pass arrays with one row "
+                "for each sample."
             )
         self._samples = sizes[0]
-        self._batch_size = int(batch_size)
+        self._batch_size = min(int(batch_size), max(1, self._samples))
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)

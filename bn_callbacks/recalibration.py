@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -12,6 +11,14 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_flag,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
 from bn_callbacks.data import Batches, fits, open_specs
 from bn_callbacks.layers import (
     BatchNormLayer,
@@ -106,6 +113,7 @@ def recalibrate(
     [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
+    check_options(refine, tolerance, dropout, verbose)
     batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
     return Recalibration(
         model,
@@ -239,10 +247,9 @@ class Recalibration:
         layers: LayerSelection = None,
         validation_data: Any = None,
     ) -> None:
-        check_options(refine, tolerance)
         self._model = model
         self._tolerance = tolerance
-        self._refine = refine
+        self._refine: int | Literal["auto"] = refine if refine == "auto" else int(refine)
         self._batches = batches
         self._targets, self._skipped, self._uncalled = _targets(model, layers, batches)
         self._population = Population(model, self._targets, dropout=dropout)
@@ -331,20 +338,23 @@ class Recalibration:
         return is_precise
 
 
-def check_options(refine: Any, tolerance: Any) -> None:
+def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> None:
     """Raises a ValueError for values that `recalibrate` does not take."""
-    is_number = isinstance(refine, int) and not isinstance(refine, bool)
-    if refine != "auto" and not (is_number and refine >= 0):
+    if not (is_word(refine, "auto") or is_whole(refine, 0)):
         raise ValueError(
             "`refine` must be 'auto' or a number of further passes, 0 or more. "
-            f"Received: refine={refine!r}."
+            f"Received: refine={shown(refine)}."
         )
-    is_number = isinstance(tolerance, numbers.Real)
-    if tolerance is not None and not (is_number and tolerance > 0):
+    if not (tolerance is None or is_positive(tolerance)):
         raise ValueError(
             "`tolerance` must be None or a positive standard error, in standard "
-            f"deviations. Received: tolerance={tolerance!r}."
+            f"deviations. Received: tolerance={shown(tolerance)}."
         )
+    if not is_flag(dropout):
+        raise ValueError(
+            f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
+        )
+    check_verbose(verbose)
 
 
 def _targets(

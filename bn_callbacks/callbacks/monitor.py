@@ -8,6 +8,13 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
 from bn_callbacks.examples import ExampleCounter
@@ -99,21 +106,25 @@ class BatchNormMonitor(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        is_number = isinstance(update_freq, int) and update_freq >= 1
-        if update_freq not in ("auto", "batch") and not is_number:
+        if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
+            raise ValueError(
+                "`log_dir` must be the path of a directory or None. Received: "
+                f"log_dir={shown(log_dir)}."
+            )
+        if not (is_word(update_freq, "auto", "batch") or is_whole(update_freq, 1)):
             raise ValueError(
                 "`update_freq` must be 'auto', 'batch' or a positive number of "
-                f"batches. Received: update_freq={update_freq!r}."
+                f"batches. Received: update_freq={shown(update_freq)}."
             )
-        if on_lag not in ("warn", "raise", "ignore"):
+        if not is_word(on_lag, "warn", "raise", "ignore"):
             raise ValueError(
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
-                f"on_lag={on_lag!r}."
+                f"on_lag={shown(on_lag)}."
             )
-        if not (isinstance(threshold, (int, float)) and threshold > 0):
+        if not is_positive(threshold):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
-                f"Received: threshold={threshold!r}."
+                f"Received: threshold={shown(threshold)}."
             )
         if probe is not None and not (
             isinstance(probe, tuple) and len(probe) in (2, 3)
@@ -122,6 +133,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
             )
+        check_verbose(verbose)
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
@@ -247,9 +259,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
             announced_steps(self.params),
         )
         self._frequency = (
-            int(self.update_freq)
-            if isinstance(self.update_freq, int)
-            else {"auto": self._interval, "batch": 1}[self.update_freq]
+            {"auto": self._interval, "batch": 1}[self.update_freq]
+            if isinstance(self.update_freq, str)
+            else int(self.update_freq)
         )
         self._windows = Windows(self.model, layers, self._interval)
         self._layers = layers
