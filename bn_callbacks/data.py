@@ -154,8 +154,8 @@ def _is_arrays(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "__array__")
-    return has_shape and len(leaf.shape) > 0
+    has_parts = hasattr(leaf, "__array__") and hasattr(leaf, "__getitem__")
+    return has_parts and hasattr(leaf, "shape") and len(leaf.shape) > 0
 
 
 def _is_endless(x: Any) -> bool:
@@ -171,7 +171,9 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
     if isinstance(x, keras.utils.PyDataset):
         return _Indexed(x), _num_batches(x)
-    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
+    is_scalar = hasattr(x, "shape") and not len(x.shape)
+    is_other = isinstance(x, (str, bytes, list, tuple, dict)) or is_scalar
+    if isinstance(x, Iterable) and not is_other:
         try:
             return x, len(x)  # type: ignore[arg-type]
         except TypeError:
@@ -261,7 +263,9 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
             "Write its `call` with `keras.ops.cond` or `keras.ops.where` instead."
         ) from error
     except _MISFITS as error:
-        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), inputs)
+        shapes = tf.nest.map_structure(
+            lambda leaf: None if leaf is None else tuple(leaf.shape), inputs
+        )
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"Batch {index} of the data does not fit the model. Received: inputs of "
