@@ -79,11 +79,7 @@ def find_clues(
             "statistics do not belong to: recalibrate",
         ),
         (
-            [
-                bn
-                for bn in updating
-                if replicas(model) > 1 and not bn.layer.synchronized
-            ],
+            [bn for bn in updating if replicas(model) > 1 and not bn.synchronized],
             "each replica keeps statistics of its own without `synchronized=True`",
         ),
     ]

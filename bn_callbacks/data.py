@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Batches:
         check_whole("steps", steps)
         # A longer stream than this is never read to its end.
         self.steps = None if steps is None else min(int(steps), sys.maxsize)
+        self._part, self._parts = 0, 1
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
@@ -88,12 +90,14 @@ class Batches:
                     "`x` seems to be infinite. Received: more than "
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
                 )
-            batch = _to_tensors(item, count)
+            is_own = count % self._parts == self._part
+            batch = _to_tensors(item, count) if is_own else item
             # An iterator can be read once only, so what it gave is kept.
             if self._once is not None and count == len(self._kept):
                 self._kept.append(batch)
             count += 1
-            yield batch
+            if is_own:
+                yield batch
         if count == 0:
             raise ValueError(
                 "`x` is empty. Received: no batch at all. Pass at least one batch "
@@ -101,6 +105,20 @@ class Batches:
             )
         if self.steps is not None and count < self.steps:
             raise ValueError(_ran_out(count, self.steps))
+
+    def share(self, part: int, parts: int) -> None:
+        """From now on gives every `parts`-th batch only, from number `part` on."""
+        self._part, self._parts = part, parts
+
+    def number(self, index: int) -> int:
+        """The number in the data of the `index`-th batch that is given."""
+        return self._part + index * self._parts
+
+    def checksum(self) -> float:
+        """A number that almost surely tells other data, by their first batch."""
+        first = [leaf for leaf in tf.nest.flatten(next(iter(self))) if leaf is not None]
+        parts = [np.asarray(leaf).tobytes() for leaf in first]
+        return float(zlib.crc32(b"".join(parts)))
 
     def first(self, count: int) -> "First":
         """The first `count` batches, to be read as often as all of them."""
@@ -135,6 +153,14 @@ class First:
 
     def __iter__(self) -> Iterator[Batch]:
         return itertools.islice(self.batches, self.length)
+
+    def first(self, count: int) -> "First":
+        """The first `count` of these."""
+        return First(self.batches, min(count, self.length))
+
+    def number(self, index: int) -> int:
+        """The number in the data of the `index`-th batch that is given."""
+        return self.batches.number(index)
 
 
 def _ran_out(size: int, steps: int) -> str:

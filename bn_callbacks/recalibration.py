@@ -20,6 +20,7 @@ from bn_callbacks.arguments import (
     shown,
 )
 from bn_callbacks.data import Batches, fits, open_specs
+from bn_callbacks.distribution import Team
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -28,10 +29,12 @@ from bn_callbacks.layers import (
     count_inputs,
     find,
     read,
+    read_replicas,
     restore,
     runs_in_training_mode,
     snapshot,
     steps_made,
+    strategy,
 )
 from bn_callbacks.population import Population, Until
 from bn_callbacks.probe import Probe
@@ -113,8 +116,11 @@ def recalibrate(
     [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
-    check_options(refine, tolerance, dropout, verbose)
-    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
+    with Team(strategy(model)).agreed():
+        check_options(refine, tolerance, dropout, verbose)
+        batches = Batches(
+            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+        )
     return Recalibration(
         model,
         batches,
@@ -202,20 +208,28 @@ def audit(
     stored = read(found)
     if x is None or not found:
         return _report(found, stored, [None] * len(found), model)
-    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
-    has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
-    targets, *_ = _split(model, found, batches)
+    team = Team(strategy(model))
+    with team.agreed():
+        batches = Batches(
+            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+        )
+        has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
+        targets, *_ = _split(model, found, batches)
+        in_inference = Population(model, found, loss=has_loss)
+        by_batch = Population(model, targets, loss=has_loss)
+    in_inference.share(batches)
     loss_batch = loss_inference = None
     seen: dict[BatchNormLayer, Statistics] = {}
-    if is_finite(stored):
+    # Replicas of other workers may store something else.
+    if team.everywhere(is_finite(stored)):
         # Frozen layers, and those that never train, see only this side.
-        inference = Population(model, found, loss=has_loss).measure(batches, stored)
+        inference = in_inference.measure(batches, stored)
         seen.update(seen_by(found, inference, stored))
         loss_inference = inference.loss
     elif has_loss:
         loss_inference = math.nan
     if targets or has_loss:
-        batch = Population(model, targets, loss=has_loss).measure(batches)
+        batch = by_batch.measure(batches)
         seen.update(seen_by(targets, batch, read(targets)))
         loss_batch = batch.loss
     return _report(
@@ -251,15 +265,22 @@ class Recalibration:
         self._tolerance = tolerance
         self._refine: int | Literal["auto"] = refine if refine == "auto" else int(refine)
         self._batches = batches
-        self._targets, self._skipped, self._uncalled = _targets(model, layers, batches)
-        self._population = Population(model, self._targets, dropout=dropout)
+        self._team = Team(strategy(model))
         self._validation: Probe | None = None
-        if validation_data is not None:
-            self._validation = Probe(model, validation_data, self._targets)
+        with self._team.agreed():
+            self._targets, self._skipped, self._uncalled = _targets(
+                model, layers, batches
+            )
+            self._population = Population(model, self._targets, dropout=dropout)
+            if validation_data is not None:
+                self._validation = Probe(model, validation_data, self._targets)
+        self._population.share(batches)
 
     def run(self, verbose: int | Literal["auto"]) -> RecalibrationReport:
         """Measures, decides and writes, as `recalibrate` describes it."""
         show = 1 if verbose == "auto" else int(verbose)
+        if not self._team.is_chief:
+            show = 0
         targets = self._targets
         first = self._population.measure(
             self._batches,
@@ -267,7 +288,7 @@ class Recalibration:
             target=self._batches.length,
             verbose=show,
         )
-        batches = self._batches.first(first.batches)
+        batches = self._batches.first(first.own_batches)
         reached = [moments.count > 0 for moments in first.moments]
         if not any(reached):
             raise ValueError(
@@ -295,7 +316,12 @@ class Recalibration:
         saved = snapshot(targets)
         if committed:
             written = [i for i, is_reached in enumerate(reached) if is_reached]
-            assign([targets[i] for i in written], [new[i] for i in written])
+            try:
+                with self._team.agreed():
+                    assign([targets[i] for i in written], [new[i] for i in written])
+            except BaseException:
+                restore(saved)
+                raise
         unreached = [
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
@@ -426,7 +452,8 @@ def _report(
     report = BatchNormReport(loss_batch=loss_batch, loss_inference=loss_inference)
     steps = steps_made(model)
     evidence = []
-    for bn, moving, batch in zip(layers, stored, seen, strict=True):
+    replicas = read_replicas(model, layers)
+    for bn, moving, batch, each in zip(layers, stored, seen, replicas, strict=True):
         start = bn.initial
         is_initial = all(map(np.array_equal, moving, start))
         evidence.append(
@@ -439,6 +466,7 @@ def _report(
                 trainable=bn.trainable,
                 updates=steps * bn.calls if steps or is_initial else None,
                 start=start,
+                replicas=each,
                 is_still=bool(steps) and is_initial,
                 is_initial=is_initial,
                 precision=bn.precision,

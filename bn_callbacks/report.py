@@ -54,6 +54,8 @@ class LayerReport:
         batch_noise: Standard deviation of one batch's statistics that sampling
             causes, in standard deviations of the input.
         batch_variation: Coefficient of variation of the batches' variances.
+        disagreement: Largest lag of a replica's moving statistics behind those of
+            all replicas; None without several of them.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
     """
 
@@ -70,6 +72,7 @@ class LayerReport:
     design_effect: float | None = None
     batch_noise: float | None = None
     batch_variation: float | None = None
+    disagreement: float | None = None
     advice: str = ""
 
 

@@ -16,7 +16,7 @@ from bn_callbacks.layers import (
     versions,
 )
 from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence
-from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import (
     start_weight,
     window_noise,
@@ -202,6 +202,9 @@ class Windows:
             is_pinned=id(bn.layer) in self._pinned,
             precision=bn.precision,
             has_mixed_calls=bn.calls > 1 or self._is_own_step,
+            replicas=self._replicas(self._now, index)
+            if len(self._now) > 1 and len(equal) >= MIN_WINDOWS
+            else [],
             recurrence=self._recurrence(index),
             threshold=threshold,
         )
@@ -222,21 +225,32 @@ class Windows:
         if len(windows) > 1 and windows[-2].new is old and steps < windows[-2].steps:
             # The rest of an epoch may be a step or two, too few to go by.
             old, steps = windows[-2].old, steps + windows[-2].steps
-        batch = self._batch(old, last.new, steps, index)
+        batch = self._batch(old, last.new, steps, index, None)
         count = steps * bn.calls
         is_long = start_weight(bn.momentum, count) < LONG_WINDOW
         is_warm = start_weight(bn.momentum, max(0, updates - count)) <= FORGOTTEN
         return batch, self._part(old, index) if is_long and is_warm else None
 
-    def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
+    def _batch(
+        self, old: Flat, new: Flat, steps: int, index: int, replicas: int | None = 1
+    ) -> Statistics:
+        """Batch statistics of a window, on the first replicas; None for all."""
         bn = self.layers[index]
         before, after = (self._reader.averages(flat, index) for flat in (old, new))
-        return bn.statistics(
-            window_statistic(before, after, bn.momentum, steps * bn.calls)
+        pairs = zip(before[:replicas], after[:replicas], strict=True)
+        return pool_replicas(
+            [
+                bn.statistics(window_statistic(*pair, bn.momentum, steps * bn.calls))
+                for pair in pairs
+            ]
         )
 
     def _part(self, flat: Flat, index: int) -> Statistics:
-        return self.layers[index].statistics(self._reader.averages(flat, index))
+        return self._replicas(flat, index)[0]
+
+    def _replicas(self, flat: Flat, index: int) -> list[Statistics]:
+        averages = self._reader.averages(flat, index)
+        return [self.layers[index].statistics(each) for each in averages]
 
     def _is_same(self, one: Flat, other: Flat) -> NDArray[np.bool_]:
         return self._reader.all_per_layer(

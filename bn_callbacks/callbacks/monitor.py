@@ -17,6 +17,7 @@ from bn_callbacks.arguments import (
 )
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
+from bn_callbacks.distribution import Team
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
@@ -26,6 +27,7 @@ from bn_callbacks.layers import (
     find,
     is_built,
     iterations,
+    strategy,
 )
 from bn_callbacks.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
@@ -159,7 +161,10 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._epochs_done = 0
         self._read_at: int | None = None
         self._written_at = 0
-        self._writer = ReportWriter(self.log_dir) if self.log_dir else None
+        self._is_chief = Team(strategy(self.model)).is_chief
+        self._writer = None
+        if self.log_dir and self._is_chief:
+            self._writer = ReportWriter(self.log_dir)
         if is_built(self.model):
             self._start()
 
@@ -219,7 +224,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
             self._writer.write(report, iterations(self.model))
-        if self.verbose:
+        if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
 
@@ -326,7 +331,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
-                batch_size=self._examples.batch_size,
+                batch_size=self._examples.batch_size_of(self._layers[index]),
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
                 loss_gap=report.loss_gap,
@@ -345,7 +350,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if self.on_lag == "raise":
                 self._close()
                 raise BatchNormLagWarning(message)
-            warnings.warn(message, BatchNormLagWarning, stacklevel=2)
+            if self._is_chief:
+                warnings.warn(message, BatchNormLagWarning, stacklevel=2)
 
 
 def _without(report: BatchNormReport, cause: str) -> BatchNormReport:

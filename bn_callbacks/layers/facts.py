@@ -37,10 +37,14 @@ def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
     return bn.layer in compiled and bool(compiled[bn.layer]) != bn.trainable
 
 
+def strategy(model: keras.Model) -> tf.distribute.Strategy | None:
+    """The strategy in whose scope the model was made; None for none."""
+    return getattr(model, "_distribute_strategy", None)
+
+
 def replicas(model: keras.Model) -> int:
     """Number of replicas that the model is trained on."""
-    strategy = getattr(model, "distribute_strategy", None)
-    return int(getattr(strategy, "num_replicas_in_sync", 1))
+    return int(getattr(strategy(model), "num_replicas_in_sync", 1))
 
 
 def has_own_train_step(model: keras.Model) -> bool:
@@ -113,7 +117,7 @@ def raw_iterations(model: keras.Model) -> Any:
 def steps_made(model: keras.Model) -> int:
     """Training steps the model's optimizer has seen, micro-batches included."""
     counter = raw_iterations(model)
-    return 0 if counter is None else int(counter.value)
+    return 0 if counter is None else int(counter.value.numpy())
 
 
 def iterations(model: keras.Model) -> int:

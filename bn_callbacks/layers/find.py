@@ -59,6 +59,11 @@ class BatchNormLayer:
         return bool(self.layer.trainable)
 
     @property
+    def synchronized(self) -> bool:
+        """Whether replicas use the statistics of the batches of all of them."""
+        return bool(self.layer.synchronized)
+
+    @property
     def channels(self) -> int:
         """Length of the layer's statistics."""
         return int(self.layer.moving_mean.shape[0])
@@ -95,13 +100,14 @@ class BatchNormLayer:
             layer.moving_variance_initializer(shape).numpy().astype(np.float64),
         )
 
-    def state(self) -> list[tuple[Any, NDArray[Any]]]:
-        """Every variable that `assign` may write, with a copy of its value."""
+    @property
+    def variables(self) -> list[Any]:
+        """Every variable that `assign` may write."""
         layer = self.layer
         variables = [layer.moving_mean, layer.moving_variance]
         if self.renorm:
             variables += [layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev]
-        return [(variable, np.array(variable.value.numpy())) for variable in variables]
+        return variables
 
     def new_state(
         self, statistics: Statistics, in_training: bool
@@ -123,8 +129,8 @@ class BatchNormLayer:
         # A value beyond a float16's range becomes infinite.
         with np.errstate(over="ignore"):
             new = [
-                (variable, np.asarray(value).astype(old.dtype))
-                for (variable, old), value in zip(self.state(), values, strict=False)
+                (each, np.asarray(value).astype(each.value.dtype.as_numpy_dtype))
+                for each, value in zip(self.variables, values, strict=False)
             ]
         for _, value in new:
             if not np.isfinite(value.astype(np.float64)).all():
@@ -178,6 +184,35 @@ def check_model(model: Any) -> None:
                 "with `keras` instead of `tf_keras`."
             )
         raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
+    _check_distribution(model)
+
+
+def _check_distribution(model: keras.Model) -> None:
+    supported = (
+        tf.distribute.OneDeviceStrategy,
+        tf.distribute.MirroredStrategy,
+        tf.distribute.MultiWorkerMirroredStrategy,
+    )
+    made_in = getattr(model, "_distribute_strategy", None)
+    if made_in is None:
+        made_in = keras.distribution.distribution()
+    elif isinstance(made_in, supported):
+        return
+    if made_in is not None:
+        raise NotImplementedError(
+            "bn_callbacks works with MirroredStrategy, MultiWorkerMirroredStrategy and "
+            "OneDeviceStrategy of tf.distribute, or without a strategy. Received: a "
+            f"model that was made in a {type(made_in).__name__}. Save the weights, and "
+            "load them into a model made outside its scope."
+        )
+
+
+def parts(variable: Any) -> tuple[Any, ...]:
+    """A Keras variable's copies on the replicas of this process."""
+    value = variable.value
+    # Only a distributed variable has values.
+    copies: tuple[Any, ...] = getattr(value, "values", (value,))
+    return copies
 
 
 def is_built(model: keras.Model) -> bool:

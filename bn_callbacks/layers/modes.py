@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.losses import loss as _loss
 
 from bn_callbacks.layers.find import BatchNormLayer, Moments
 
@@ -102,7 +103,11 @@ def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) 
     # Since Keras 3.3; a user's own method may still be without it.
     if "training" in inspect.signature(model.compute_loss).parameters:
         arguments["training"] = False
-    return model.compute_loss(**arguments)
+    return _unscaled(model.compute_loss(**arguments))
+
+
+# Since Keras 3.1 or so, losses are divided by the number of replicas.
+_unscaled = getattr(_loss, "unscale_loss_for_distribution", lambda loss: loss)
 
 
 def _with_training(

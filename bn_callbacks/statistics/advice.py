@@ -10,6 +10,7 @@ from bn_callbacks.statistics.causes import (
     NON_FINITE,
     NOT_UPDATING,
     OUTLIERS,
+    REPLICAS_DIFFER,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
@@ -129,6 +130,12 @@ _PLAIN_ADVICE = {
         "The weights were replaced after the statistics were collected (averaged or "
         "restored weights). Recalibrate after the swap (`recalibrate(model, x)`, or "
         "`RecalibrateBatchNorm` as the last callback)."
+    ),
+    REPLICAS_DIFFER: (
+        "Each replica keeps moving statistics of its own, and these differ, since the "
+        "replicas see different data; a saved model holds the first replica's only. "
+        "Use `BatchNormalization(synchronized=True)`, and recalibrate before export "
+        "(`recalibrate(model, x)`), which gives all replicas the same."
     ),
     LOW_PRECISION: (
         "The statistics are stored in less than float32, where small updates are "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -239,6 +239,27 @@ def pool_batches(
         mean = (weights * means[used]).sum(axis=0) / total
         spread = variances[used] + np.square(means[used] - mean)
         return Moments(total, mean, (weights * spread).sum(axis=0))
+
+
+def pool_replicas(statistics: Sequence[Statistics]) -> Statistics:
+    """Statistics of all replicas' values together, of which each has as many.
+
+    Args:
+        statistics: Those of each replica, at least one.
+
+    Returns:
+        The mean of the means; the mean of the variances plus the variance of the
+        means.
+
+    Example:
+        >>> pair = [Statistics(np.array([m]), np.array([2.0])) for m in (0.0, 2.0)]
+        >>> pool_replicas(pair)
+        Statistics(mean=array([1.]), variance=array([3.]))
+    """
+    if len(statistics) == 1:
+        return statistics[0]
+    means, variances = (np.stack(parts) for parts in zip(*statistics, strict=True))
+    return pool_batches(np.ones(len(statistics)), means, variances).statistics
 
 
 def is_finite(statistics: Iterable[Statistics]) -> bool:
