@@ -1,5 +1,6 @@
 """Finding the BN layers of a model, and what each of them is."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -91,7 +92,7 @@ class BatchNormLayer:
             second = np.square(second) - self.epsilon
         return Statistics(mean, second)
 
-    @property
+    @functools.cached_property
     def initial(self) -> Statistics:
         """The statistics the layer was built with."""
         layer, shape = self.layer, (self.channels,)
