@@ -50,7 +50,7 @@ def check_verbose(value: Any) -> None:
     """Raises a ValueError for what no callback or method of Keras takes either."""
     if not (is_word(value, "auto") or is_flag(value) or is_whole(value, 0)):
         raise ValueError(
-            "`verbose` must be 0, 1 or 'auto'. Received: " f"verbose={shown(value)}."
+            f"`verbose` must be 0, 1 or 'auto'. Received: verbose={shown(value)}."
         )
 
 

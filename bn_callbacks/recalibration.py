@@ -263,7 +263,9 @@ class Recalibration:
     ) -> None:
         self._model = model
         self._tolerance = tolerance
-        self._refine: int | Literal["auto"] = refine if refine == "auto" else int(refine)
+        self._refine: int | Literal["auto"] = (
+            refine if refine == "auto" else int(refine)
+        )
         self._batches = batches
         self._team = Team(strategy(model))
         self._validation: Probe | None = None

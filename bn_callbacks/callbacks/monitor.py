@@ -15,6 +15,7 @@ from bn_callbacks.arguments import (
     is_word,
     shown,
 )
+from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
 from bn_callbacks.distribution import Team
@@ -42,6 +43,12 @@ MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
 WINDOWS_PER_EPOCH = 5
 
+WRITING_SHARE = 0.01
+"""Share of the time that writing between the epochs' ends takes with `"auto"`."""
+
+WRITING_COST = 2e-3
+"""Seconds that writing takes for each layer: a guess, until it has been timed."""
+
 
 class BatchNormMonitor(keras.callbacks.Callback):
     """Watches the moving statistics of BN layers and warns when they lag.
@@ -60,8 +67,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
         log_dir: Directory for TensorBoard scalars; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
             of `keras.callbacks.TensorBoard`.
-        update_freq: How often to write scalars besides each epoch's end: `"auto"`,
-            `"batch"`, or a number of batches. The averages are read at least as often
+        update_freq: How often to write scalars besides each epoch's end: `"auto"`, as
+            often as takes one percent of the time; `"batch"`, or a number of
+            batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
@@ -193,7 +201,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._read_at = self._written_at = done
             return
         is_writing = (
-            self._writer is not None and done - self._written_at >= self._frequency
+            self._writer is not None
+            and done - self._written_at >= self._frequency
+            and (self.update_freq != "auto" or self._budget.allows())
         )
         if is_writing or done - self._read_at >= self._interval:
             reading = self._windows.read()
@@ -205,7 +215,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.read())
         if is_writing and self._writer is not None:
             self._written_at = done
-            self._writer.write(self._make_report(), iterations(self.model))
+            with self._budget.spend():
+                self._writer.write(self._make_report(), iterations(self.model))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -223,7 +234,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
-            self._writer.write(report, iterations(self.model))
+            with self._budget.spend():
+                self._writer.write(report, iterations(self.model))
         if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
@@ -268,6 +280,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if isinstance(self.update_freq, str)
             else int(self.update_freq)
         )
+        self._budget = Budget(WRITING_SHARE, WRITING_COST * len(layers))
         self._windows = Windows(self.model, layers, self._interval)
         self._layers = layers
         self._clues: tuple[str, ...] | None = None

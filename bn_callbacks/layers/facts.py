@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from bn_callbacks.layers.find import BatchNormLayer, nodes_of

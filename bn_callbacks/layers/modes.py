@@ -221,9 +221,11 @@ def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[N
         try:
             for layer, attributes in changes.items():
                 for name, new in attributes.items():
-                    if callable(new):
-                        new = _unless_in(others, new, getattr(layer, name))
-                    vars(layer)[name] = new
+                    vars(layer)[name] = (
+                        _unless_in(others, new, getattr(layer, name))
+                        if callable(new)
+                        else new
+                    )
             yield
         finally:
             for layer, attributes in changes.items():

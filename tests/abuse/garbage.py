@@ -164,9 +164,7 @@ def structures(draw: Any) -> Any:
             max_leaves=4,
         )
     )
-    how = draw(
-        st.sampled_from(["as it is", "generator", "list", "dataset", "indexed"])
-    )
+    how = draw(st.sampled_from(["as it is", "generator", "list", "dataset", "indexed"]))
     if how == "generator":
         return iter([nested] * draw(st.integers(0, 3)))
     if how == "list":

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from models import KERAS, batch_norms, dtype_policy, layers, scatter
 
+
 def examples(count: int) -> settings:
     """The same examples each time, however slow: continuous integration is no lottery."""
     return settings(
@@ -139,9 +140,7 @@ def nets(draw: Any, max_samples: int = 40) -> Net:
         shape=shape,
         blocks=tuple(chosen),
         policy=draw(
-            st.sampled_from(
-                [None] * 5 + ["mixed_float16", "mixed_bfloat16", "float64"]
-            )
+            st.sampled_from([None] * 5 + ["mixed_float16", "mixed_bfloat16", "float64"])
         ),
         is_masked=is_masked,
         samples=draw(st.integers(2, max_samples)),

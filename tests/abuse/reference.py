@@ -67,7 +67,9 @@ def measure(
             model(batch, training=False)
     values = {key: np.concatenate(parts) for key, parts in seen.items()}
     return {
-        key: (value.mean(0), value.var(0)) for key, value in values.items() if len(value)
+        key: (value.mean(0), value.var(0))
+        for key, value in values.items()
+        if len(value)
     }
 
 

@@ -93,11 +93,10 @@ OPTIONS: dict[str, Callable[[Any], bool]] = {
 }
 AUDIT = ("batch_size", "steps")
 MONITOR: dict[str, Callable[[Any], bool]] = {
-    "log_dir": lambda value: value is None or hasattr(value, "__fspath__")
-    or isinstance(value, (str, bytes)),
-    "update_freq": lambda value: (
-        is_text("auto", "batch")(value) or is_whole(value, 1)
+    "log_dir": lambda value: (
+        value is None or hasattr(value, "__fspath__") or isinstance(value, (str, bytes))
     ),
+    "update_freq": lambda value: is_text("auto", "batch")(value) or is_whole(value, 1),
     "threshold": is_positive,
     "on_lag": is_text("warn", "raise", "ignore"),
     "probe": lambda value: value is None or isinstance(value, tuple),
@@ -200,9 +199,7 @@ def test_1000_models(wrong: Any) -> None:
 
 def check_data(model: keras.Model, x: Any, how: str) -> None:
     if how == "recalibrate":
-        judge(
-            lambda: recalibrate(model, x, steps=2, verbose=0).undo(), must_fail=False
-        )
+        judge(lambda: recalibrate(model, x, steps=2, verbose=0).undo(), must_fail=False)
     elif how == "audit":
         judge(lambda: audit(model, x, steps=1), must_fail=False)
     else:
@@ -268,9 +265,7 @@ def start(model: keras.Model, callback: keras.callbacks.Callback) -> None:
     callback.on_train_begin()
 
 
-KINDS = st.sampled_from(
-    ["x", "validation_data", "layers", "steps", "watched", "probe"]
-)
+KINDS = st.sampled_from(["x", "validation_data", "layers", "steps", "watched", "probe"])
 
 
 @fuzz(25)

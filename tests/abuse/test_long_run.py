@@ -62,9 +62,7 @@ def run(tmp_path: Path, fits: int, steps: int) -> list[tuple[dict[str, int], flo
     y = x[:, :1]
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
     callbacks: list[Any] = [
-        BatchNormMonitor(
-            tmp_path / "logs", probe=(x[:32], y[:32]), on_lag="ignore"
-        ),
+        BatchNormMonitor(tmp_path / "logs", probe=(x[:32], y[:32]), on_lag="ignore"),
         DebiasBatchNorm(),
         RecalibrateBatchNorm(x[:64], validation_data=(x[:32], y[:32])),
         RecalibrateBatchNorm(x[:64], when="validation"),

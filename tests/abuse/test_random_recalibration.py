@@ -8,7 +8,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 from models import batch_norms, cut, lag, seen_in_inference, state, stored
 from random_models import Net, build, data, examples, nets
-from reference import distance, measure, recalibration
+from reference import distance, recalibration
 
 from bn_callbacks import recalibrate
 
@@ -30,9 +30,7 @@ def check_recalibration(net: Net, refine: Any) -> None:
     other = recalibration(model, batches, passes, perturbed=rounding)
     old, before = stored(model), state(model)
 
-    report = recalibrate(
-        model, x, batch_size=net.batch_size, refine=refine, verbose=0
-    )
+    report = recalibrate(model, x, batch_size=net.batch_size, refine=refine, verbose=0)
     assert report.committed
     assert (report.samples, report.batches) == (len(x), len(batches))
 
@@ -66,7 +64,9 @@ def check_residual(
     found = [bn for bn in batch_norms(model) if bn.trainable]
     pairs = zip(batch_norms(model), seen_in_inference(model, batches), strict=True)
     remains = [
-        lag(bn, seen, *(np.array(v.value) for v in (bn.moving_mean, bn.moving_variance)))
+        lag(
+            bn, seen, *(np.array(v.value) for v in (bn.moving_mean, bn.moving_variance))
+        )
         for bn, seen in pairs
         if bn in found and len(seen)
     ]
