@@ -200,9 +200,12 @@ def judge(act: Callable[[], Any], *, must_fail: bool = True) -> None:
     It is raised in our own code, of a kind that Python has for wrong arguments, of a
     readable length, and says what was received and what to do.
     """
+    error: Exception | None = None
     try:
         act()
-    except Exception as error:
+    except Exception as raised:
+        error = raised
+    if error is not None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {str(error)[:2000]}"
         if currently_in_test_context():

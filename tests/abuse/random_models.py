@@ -16,7 +16,7 @@ from models import KERAS, batch_norms, dtype_policy, layers, scatter
 
 
 def examples(count: int) -> settings:
-    """The same examples each time, however slow: continuous integration is no lottery."""
+    """The same examples each time, however slow they are: a test is no lottery."""
     return settings(
         max_examples=count,
         deadline=None,

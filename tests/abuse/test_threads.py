@@ -1,4 +1,4 @@
-"""Two models in two threads do not know of each other, and nothing global is touched."""
+"""Two models in two threads know nothing of each other; nothing global is patched."""
 
 import threading
 import traceback
