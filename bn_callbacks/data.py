@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from bn_callbacks.arguments import check_whole, shown
 
 # Data that cannot tell its length must end within so many batches: an endless
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
@@ -46,13 +49,10 @@ class Batches:
         steps: int | None = None,
         inputs: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if value is not None and not (_is_whole(value) and value >= 1):
-                raise ValueError(
-                    f"`{name}` must be a positive integer or None. Received: "
-                    f"{name}={value!r}."
-                )
-        self.steps = steps
+        check_whole("batch_size", batch_size)
+        check_whole("steps", steps)
+        # A longer stream than this is never read to its end.
+        self.steps = None if steps is None else min(int(steps), sys.maxsize)
         self._part, self._parts = 0, 1
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
@@ -77,9 +77,9 @@ class Batches:
                 f"`x` is empty. Received: {type(x).__name__} of no samples. Pass at "
                 "least one batch of data."
             )
-        if size is not None and steps is not None and steps > size:
-            raise ValueError(_ran_out(size, steps))
-        self._length = steps or size
+        if size is not None and self.steps is not None and self.steps > size:
+            raise ValueError(_ran_out(size, self.steps))
+        self._length = self.steps or size
         if isinstance(self._source, Iterator):
             self._once = self._source
 
@@ -147,11 +147,6 @@ class Batches:
             yield item
 
 
-def _is_whole(value: Any) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and bool(float(value).is_integer())
-
-
 @dataclass(frozen=True)
 class First:
     """The first batches of others.
@@ -193,8 +188,8 @@ def _is_arrays(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "__array__")
-    return has_shape and len(leaf.shape) > 0
+    has_parts = hasattr(leaf, "__array__") and hasattr(leaf, "__getitem__")
+    return has_parts and hasattr(leaf, "shape") and len(leaf.shape) > 0
 
 
 def _is_endless(x: Any) -> bool:
@@ -212,7 +207,9 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         return _Indexed(x), _num_batches(x)
     if isinstance(x, tf.distribute.DistributedDataset):
         return _Distributed(x), None
-    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
+    is_scalar = hasattr(x, "shape") and not len(x.shape)
+    is_other = isinstance(x, (str, bytes, list, tuple, dict)) or is_scalar
+    if isinstance(x, Iterable) and not is_other:
         try:
             return x, len(x)  # type: ignore[arg-type]
         except TypeError:
@@ -235,7 +232,7 @@ def _describe(x: Any) -> str:
     if isinstance(x, (list, tuple, dict)):
         kinds = sorted({type(leaf).__name__ for leaf in tf.nest.flatten(x)})
         return f"{type(x).__name__} of {', '.join(kinds) or 'nothing'}"
-    return f"{x!r:.60} of type {type(x).__name__}"
+    return f"{shown(x)} of type {type(x).__name__}"
 
 
 def _to_tensors(item: Any, index: int) -> Batch:
@@ -302,7 +299,9 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
             "Write its `call` with `keras.ops.cond` or `keras.ops.where` instead."
         ) from error
     except _MISFITS as error:
-        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), inputs)
+        shapes = tf.nest.map_structure(
+            lambda leaf: None if leaf is None else tuple(leaf.shape), inputs
+        )
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"Batch {index} of the data does not fit the model. Received: inputs of "
@@ -327,10 +326,11 @@ class _Arrays:
         if len(sizes) > 1:
             raise ValueError(
                 "All arrays must have the same number of samples. Received: arrays "
-                f"of {', '.join(map(str, sizes))} samples."
+                f"of {', '.join(map(str, sizes))} samples. Pass arrays with one row "
+                "for each sample."
             )
         self._samples = sizes[0]
-        self._batch_size = int(batch_size)
+        self._batch_size = min(int(batch_size), max(1, self._samples))
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)

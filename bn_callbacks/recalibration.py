@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -12,6 +11,14 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_flag,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
 from bn_callbacks.data import Batches, fits, open_specs
 from bn_callbacks.distribution import Team
 from bn_callbacks.layers import (
@@ -110,6 +117,7 @@ def recalibrate(
     """
     check_model(model)
     with Team(strategy(model)).agreed():
+        check_options(refine, tolerance, dropout, verbose)
         batches = Batches(
             x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
         )
@@ -255,12 +263,13 @@ class Recalibration:
     ) -> None:
         self._model = model
         self._tolerance = tolerance
-        self._refine = refine
+        self._refine: int | Literal["auto"] = (
+            refine if refine == "auto" else int(refine)
+        )
         self._batches = batches
         self._team = Team(strategy(model))
         self._validation: Probe | None = None
         with self._team.agreed():
-            check_options(refine, tolerance)
             self._targets, self._skipped, self._uncalled = _targets(
                 model, layers, batches
             )
@@ -357,20 +366,23 @@ class Recalibration:
         return is_precise
 
 
-def check_options(refine: Any, tolerance: Any) -> None:
+def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> None:
     """Raises a ValueError for values that `recalibrate` does not take."""
-    is_number = isinstance(refine, int) and not isinstance(refine, bool)
-    if refine != "auto" and not (is_number and refine >= 0):
+    if not (is_word(refine, "auto") or is_whole(refine, 0)):
         raise ValueError(
             "`refine` must be 'auto' or a number of further passes, 0 or more. "
-            f"Received: refine={refine!r}."
+            f"Received: refine={shown(refine)}."
         )
-    is_number = isinstance(tolerance, numbers.Real)
-    if tolerance is not None and not (is_number and tolerance > 0):
+    if not (tolerance is None or is_positive(tolerance)):
         raise ValueError(
             "`tolerance` must be None or a positive standard error, in standard "
-            f"deviations. Received: tolerance={tolerance!r}."
+            f"deviations. Received: tolerance={shown(tolerance)}."
         )
+    if not is_flag(dropout):
+        raise ValueError(
+            f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
+        )
+    check_verbose(verbose)
 
 
 def _targets(

@@ -104,10 +104,7 @@ class Windows:
         bn = self.layers[index]
         if bn.momentum == 1:
             return None
-        series = [
-            [self._batch(w.old, w.new, w.steps, index) for w in epoch]
-            for epoch in (before, after)
-        ]
+        series = [self._batches(epoch, index) for epoch in (before, after)]
         means = np.array([[w.mean for w in epoch] for epoch in series])
         unit = np.mean([w.variance for w in series[1]], axis=0) + bn.epsilon
         spread = float(np.mean(means.var(axis=1) / unit))
@@ -188,9 +185,7 @@ class Windows:
             updates=updates,
             total_updates=None if total_steps is None else total_steps * bn.calls,
             start=self._part(self._start, index) if updates else None,
-            windows=[self._batch(w.old, w.new, w.steps, index) for w in equal]
-            if bn.momentum < 1
-            else [],
+            windows=self._batches(equal, index) if bn.momentum < 1 else [],
             window_updates=equal[0].steps * bn.calls if equal else None,
             window_share=window_noise(bn.momentum, equal[0].steps * bn.calls)
             if equal
@@ -244,6 +239,21 @@ class Windows:
                 for pair in pairs
             ]
         )
+
+    def _batches(self, windows: Sequence[_Window], index: int) -> list[Statistics]:
+        """Batch statistics of equally long windows, on the first replica."""
+        if not windows:
+            return []
+        bn = self.layers[index]
+        old, new = (
+            np.stack([self._reader.averages(flat, index)[0] for flat in side])
+            for side in ([w.old for w in windows], [w.new for w in windows])
+        )
+        updates = windows[0].steps * bn.calls
+        return [
+            bn.statistics(averages)
+            for averages in window_statistic(old, new, bn.momentum, updates)
+        ]
 
     def _part(self, flat: Flat, index: int) -> Statistics:
         return self._replicas(flat, index)[0]

@@ -8,6 +8,14 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
+from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
 from bn_callbacks.distribution import Team
@@ -35,6 +43,12 @@ MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
 WINDOWS_PER_EPOCH = 5
 
+WRITING_SHARE = 0.01
+"""Share of the time that writing between the epochs' ends takes with `"auto"`."""
+
+WRITING_COST = 2e-3
+"""Seconds that writing takes for each layer: a guess, until it has been timed."""
+
 
 class BatchNormMonitor(keras.callbacks.Callback):
     """Watches the moving statistics of BN layers and warns when they lag.
@@ -53,8 +67,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
         log_dir: Directory for TensorBoard scalars; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
             of `keras.callbacks.TensorBoard`.
-        update_freq: How often to write scalars besides each epoch's end: `"auto"`,
-            `"batch"`, or a number of batches. The averages are read at least as often
+        update_freq: How often to write scalars besides each epoch's end: `"auto"`, as
+            often as takes one percent of the time; `"batch"`, or a number of
+            batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
@@ -101,21 +116,25 @@ class BatchNormMonitor(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        is_number = isinstance(update_freq, int) and update_freq >= 1
-        if update_freq not in ("auto", "batch") and not is_number:
+        if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
+            raise ValueError(
+                "`log_dir` must be the path of a directory or None. Received: "
+                f"log_dir={shown(log_dir)}."
+            )
+        if not (is_word(update_freq, "auto", "batch") or is_whole(update_freq, 1)):
             raise ValueError(
                 "`update_freq` must be 'auto', 'batch' or a positive number of "
-                f"batches. Received: update_freq={update_freq!r}."
+                f"batches. Received: update_freq={shown(update_freq)}."
             )
-        if on_lag not in ("warn", "raise", "ignore"):
+        if not is_word(on_lag, "warn", "raise", "ignore"):
             raise ValueError(
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
-                f"on_lag={on_lag!r}."
+                f"on_lag={shown(on_lag)}."
             )
-        if not (isinstance(threshold, (int, float)) and threshold > 0):
+        if not is_positive(threshold):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
-                f"Received: threshold={threshold!r}."
+                f"Received: threshold={shown(threshold)}."
             )
         if probe is not None and not (
             isinstance(probe, tuple) and len(probe) in (2, 3)
@@ -124,6 +143,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
             )
+        check_verbose(verbose)
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
@@ -180,10 +200,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.rebase())
             self._read_at = self._written_at = done
             return
-        is_writing = (
-            self._writer is not None and done - self._written_at >= self._frequency
+        # Workers must read at the same steps, whether they write or not.
+        is_due = self.log_dir is not None and (
+            done - self._written_at >= self._frequency
         )
-        if is_writing or done - self._read_at >= self._interval:
+        if is_due or done - self._read_at >= self._interval:
             reading = self._windows.read()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
@@ -191,9 +212,14 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._read_at = done
         elif self._counter.needs_reading:
             self._counter.observe(*self._windows.read())
-        if is_writing and self._writer is not None:
+        if is_due:
             self._written_at = done
-            self._writer.write(self._make_report(), iterations(self.model))
+            if self._writer is not None and self._may_write():
+                with self._budget.spend():
+                    self._writer.write(self._make_report(), iterations(self.model))
+
+    def _may_write(self) -> bool:
+        return self.update_freq != "auto" or self._budget.allows()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -211,7 +237,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
-            self._writer.write(report, iterations(self.model))
+            with self._budget.spend():
+                self._writer.write(report, iterations(self.model))
         if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
@@ -252,10 +279,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             announced_steps(self.params),
         )
         self._frequency = (
-            int(self.update_freq)
-            if isinstance(self.update_freq, int)
-            else {"auto": self._interval, "batch": 1}[self.update_freq]
+            {"auto": self._interval, "batch": 1}[self.update_freq]
+            if isinstance(self.update_freq, str)
+            else int(self.update_freq)
         )
+        self._budget = Budget(WRITING_SHARE, WRITING_COST * len(layers))
         self._windows = Windows(self.model, layers, self._interval)
         self._layers = layers
         self._clues: tuple[str, ...] | None = None

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import keras
 
+from bn_callbacks.arguments import check_whole, is_word, shown
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.data import Batches
 from bn_callbacks.layers import (
@@ -85,12 +86,14 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        if when not in ("train_end", "validation", "epoch_end"):
+        if not is_word(when, "train_end", "validation", "epoch_end"):
             raise ValueError(
                 "`when` must be 'train_end', 'validation' or 'epoch_end'. Received: "
-                f"when={when!r}."
+                f"when={shown(when)}."
             )
-        check_options(refine, tolerance)
+        check_options(refine, tolerance, dropout, verbose)
+        check_whole("batch_size", batch_size)
+        check_whole("steps", steps)
         self.x = x
         self.batch_size = batch_size
         self.steps = steps

@@ -1,5 +1,6 @@
 """Finding the BN layers of a model, and what each of them is."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from bn_callbacks.arguments import shown
 from bn_callbacks.statistics.moments import Statistics
 
 _LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -90,7 +92,7 @@ class BatchNormLayer:
             second = np.square(second) - self.epsilon
         return Statistics(mean, second)
 
-    @property
+    @functools.cached_property
     def initial(self) -> Statistics:
         """The statistics the layer was built with."""
         layer, shape = self.layer, (self.channels,)
@@ -281,22 +283,42 @@ def _select(
 ) -> list[BatchNormLayer]:
     if layers is None:
         return everything
-    is_one = isinstance(layers, (str, re.Pattern)) or callable(layers)
     chosen: dict[str, BatchNormLayer] = {}
-    selectors: Iterable[Any] = [layers] if is_one else layers  # type: ignore[assignment]
-    for selector in selectors:
+    for selector in _selectors(layers):
         named = [bn for bn in everything if _is(bn, selector)]
         matching = named or [bn for bn in everything if _matches(bn, selector)]
         if not matching:
             raise ValueError(
                 "`layers` selects no BatchNormalization layer. Received: "
-                f"{selector!r}. The model has "
+                f"{shown(selector)}. The model has "
                 f"{_some([bn.path for bn in everything]) or 'none'}."
             )
         for bn in matching:
             before = chosen.get(bn.path, bn)
             chosen[bn.path] = replace(bn, named=bool(named) or before.named)
     return [chosen[bn.path] for bn in everything if bn.path in chosen]
+
+
+def _selectors(layers: Any) -> list[Any]:
+    if isinstance(layers, (str, re.Pattern)) or callable(layers):
+        return [layers]
+    try:
+        selectors = list(layers)
+    except (TypeError, NotImplementedError):  # The latter from a symbolic tensor.
+        raise _no_selector(layers) from None
+    if not selectors:
+        raise ValueError(
+            "`layers` selects no BatchNormalization layer. Received: "
+            f"layers={shown(layers)}. Pass None for all of them."
+        )
+    return selectors
+
+
+def _no_selector(received: Any) -> TypeError:
+    return TypeError(
+        "`layers` takes names, paths, regular expressions, layers or predicates. "
+        f"Received: {shown(received)}."
+    )
 
 
 def _is(bn: BatchNormLayer, selector: Any) -> bool:
@@ -307,15 +329,19 @@ def _is(bn: BatchNormLayer, selector: Any) -> bool:
 
 def _matches(bn: BatchNormLayer, selector: Any) -> bool:
     if isinstance(selector, (str, re.Pattern)):
-        return re.search(selector, bn.path) is not None
+        try:
+            return re.search(selector, bn.path) is not None
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                "`layers` takes names, paths or regular expressions. Received: "
+                f"{shown(selector)}, which is none: {error}."
+            ) from error
     if isinstance(selector, keras.layers.Layer):
         return False
-    if callable(selector):
+    # A class, such as BatchNormalization itself, would be called as well.
+    if callable(selector) and not isinstance(selector, type):
         return bool(selector(bn.layer))
-    raise TypeError(
-        "`layers` takes names, paths, regular expressions, layers or predicates. "
-        f"Received: {selector!r}."
-    )
+    raise _no_selector(selector)
 
 
 def _calls(layer: keras.layers.Layer) -> Counter[int]:

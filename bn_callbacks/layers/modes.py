@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -201,21 +202,45 @@ def batch_mode(
         yield
 
 
+_replacing = threading.RLock()
+"""Held while attributes of layers are replaced: the second of two threads would take
+the first one's for the layer's own, and leave them behind."""
+
+
 @contextlib.contextmanager
 def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[None]:
     """Sets instance attributes and restores the instances' dictionaries.
 
-    Past `__setattr__`, which for a Keras layer has side effects.
+    Past `__setattr__`, which for a Keras layer has side effects. Threads that run
+    already, and may be predicting with the model, go on calling what it had.
     """
-    before = {layer: dict(vars(layer)) for layer in changes}
-    try:
-        for layer, attributes in changes.items():
-            vars(layer).update(attributes)
-        yield
-    finally:
-        for layer, attributes in changes.items():
-            for name in attributes:
-                if name in before[layer]:
-                    vars(layer)[name] = before[layer][name]
-                else:
-                    vars(layer).pop(name, None)
+    with _replacing:
+        others = {*threading.enumerate()} - {threading.current_thread()}
+        before = {layer: dict(vars(layer)) for layer in changes}
+        try:
+            for layer, attributes in changes.items():
+                for name, new in attributes.items():
+                    vars(layer)[name] = (
+                        _unless_in(others, new, getattr(layer, name))
+                        if callable(new)
+                        else new
+                    )
+            yield
+        finally:
+            for layer, attributes in changes.items():
+                for name in attributes:
+                    if name in before[layer]:
+                        vars(layer)[name] = before[layer][name]
+                    else:
+                        vars(layer).pop(name, None)
+
+
+def _unless_in(
+    threads: set[threading.Thread], new: Callable[..., Any], old: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(new)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_other = threading.current_thread() in threads
+        return (old if is_other else new)(*args, **kwargs)
+
+    return call

@@ -120,7 +120,10 @@ def versions(layers: Sequence[BatchNormLayer]) -> list[int]:
 
 
 class Reader:
-    """Reads the moving averages of all layers in one compiled call.
+    """Reads the moving averages of all layers as one vector.
+
+    Not compiled: with hundreds of layers a trace takes a second in each `fit`, to save
+    milliseconds a reading; with few layers it saves nothing.
 
     A reading has a row for each replica of all workers, which is one row without a
     distribution strategy. All workers must read at the same time.
@@ -134,28 +137,24 @@ class Reader:
         self.layers = list(layers)
         self.team = Team(strategy(model))
         copies = zip(*(parts(v) for bn in layers for v in bn.averages), strict=True)
-        rows = list(copies) or [()] * self.team.replicas
+        self._copies = list(itertools.chain(*copies))
         self._ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         counter = raw_iterations(model)
-
-        @tf.function(autograph=False)
-        def read_all() -> Any:
-            step = tf.cast(-1 if counter is None else counter.value, tf.float64)
-            flat = [[tf.cast(copy, tf.float64) for copy in row] for row in rows]
-            return tf.concat([[step], *itertools.chain(*flat)], axis=0)
-
-        # Not the function itself, which TensorFlow would see retraced in each `fit`.
-        self._read_all = read_all.get_concrete_function()
+        self._counter = None if counter is None else counter.value
+        self._is_uniform = len({copy.dtype for copy in self._copies}) == 1
 
     def __call__(self) -> tuple[int | None, NDArray[np.float64]]:
         """The optimizer's step count (None without one) and all averages.
 
         The latter of shape `(replicas, values)`.
         """
-        flat = self._read_all().numpy()
-        rows = self.team.gather(flat[1:])
-        rows = rows.reshape(self.team.size, -1)
-        return (int(flat[0]) if flat[0] >= 0 else None), rows
+        step = None if self._counter is None else int(self._counter.numpy())
+        copies = self._copies
+        if not self._is_uniform:
+            copies = [tf.cast(copy, tf.float64) for copy in copies]
+        flat = tf.concat(copies, axis=0).numpy() if copies else np.zeros(0)
+        rows = self.team.gather(flat.astype(np.float64))
+        return step, rows.reshape(self.team.size, -1)
 
     def averages(self, flat: NDArray[np.float64], index: int) -> NDArray[np.float64]:
         """One layer's two averages in a reading, `(replicas, 2, channels)`."""

@@ -12,6 +12,7 @@ them. Momentum is Keras' throughout: the weight of the old value.
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -225,10 +226,11 @@ def suggest_momentum(steps: int) -> float:
         >>> [suggest_momentum(steps) for steps in (100, 1_000, 10_000)]
         [0.9, 0.99, 0.999]
     """
-    if not steps >= 1:
+    is_number = isinstance(steps, numbers.Real) and not isinstance(steps, bool)
+    if not (is_number and steps >= 1):
         raise ValueError(
             "A momentum can only be suggested for a run of at least one step. "
-            f"Received: steps={steps}. "
+            f"Received: steps={repr(steps)[:80]}. "
             "Pass the steps of the whole run: steps an epoch times epochs."
         )
     return min(max(1.0 - 10.0 / steps, 0.0), 0.999)
