@@ -1,5 +1,6 @@
 """Named arrays as what `fit` takes: which are inputs, which are targets."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.layers import InputLayout
 
 X = ("x", "x_train")
@@ -34,21 +35,26 @@ def read_arrays(
     """
     try:
         # An array of objects is a pickle, which can run any code.
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded, []
-        with loaded:
-            names, unused = as_fit_takes_them(loaded.files, layout, outputs)
-            return tf.nest.map_structure(loaded.__getitem__, names), unused
+        if path.suffix == ".npy":
+            x = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not x.ndim:
+                raise CommandError("One number is no data. Save an array of samples.")
+            return x, []
+        # NumPy does not close what it finds damaged.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names, unused = as_fit_takes_them(arrays.files, layout, outputs)
+            return tf.nest.map_structure(arrays.__getitem__, names), unused
     except CommandError as error:
         raise CommandError(f"{path}: {error}") from None
     except Exception as error:
-        if "allow_pickle" in str(error):
+        if re.search("pickle|Python objects", str(error)):
             raise CommandError(
                 f"{path} holds Python objects, or is no NumPy file. Save arrays of "
                 "numbers, all rows equally long."
             ) from error
-        raise CommandError(f"{path} is damaged: {error}. Save it again.") from error
+        raise CommandError(
+            f"{path} is damaged: {text_of(error)}. Save it again."
+        ) from error
 
 
 def as_fit_takes_them(

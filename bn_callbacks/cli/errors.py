@@ -5,21 +5,29 @@ import re
 LONGEST = 1000
 """Characters of a line; what Keras says may be pages."""
 
+EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
+"""What the library, Keras and the operating system raise with a message for users."""
+
 # What the messages of TensorFlow say of graphs that the user has never seen.
 _NOISE = re.compile(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:\w+\]( name:)?")
 
 
-class CommandError(Exception):
+class CommandError(RuntimeError):
     """A command cannot go on; the message tells the user why, and what to do."""
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+def text_of(error: BaseException) -> str:
+    """What an error says, in one line and without a full stop."""
     notes = getattr(error, "__notes__", [])
     text = " ".join(_NOISE.sub("", " ".join([str(error), *notes])).split())
-    if not isinstance(
-        error, (CommandError, OSError, RuntimeError, TypeError, ValueError)
-    ):
-        text = f"{type(error).__name__}: {text}".rstrip(": ")
-        text += ". Run it again with --debug for the traceback."
+    text = text.rstrip(". ")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def one_line(error: BaseException) -> str:
+    """What the user reads of an error that ends a command."""
+    text = text_of(error)
+    if isinstance(error, EXPECTED):
+        return f"{text}."
+    text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return f"{text}. Run it again with --debug for a traceback."

@@ -7,10 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from bn_callbacks.cli.errors import CommandError, one_line
+from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.recalibrate import recalibrate, say_result
-from bn_callbacks.cli.serving import export_saved_model, verify
+from bn_callbacks.cli.serving import expect, export_saved_model, verify
 from bn_callbacks.cli.writing import replacing
 
 
@@ -21,13 +21,15 @@ def run(options: argparse.Namespace) -> int:
     path = Path(options.output)
     done, facts = "", dict[str, Any](output=str(path), verified=None)
     if report.committed:
+        # Before the export, which is then not its own witness.
+        expected = expect(model, batches)
         try:
             with replacing(path) as new:
                 export_saved_model(model, new)
-                proof = verify(model, new, batches)
+                proof = verify(new, expected)
         except tf.errors.OpError as error:
             raise CommandError(
-                f"Cannot write {path}: {one_line(error)} Nothing was left behind."
+                f"Cannot write {path}: {text_of(error)}. Nothing was left behind."
             ) from error
         done = f"Exported to {path}. {proof}"
         facts["verified"] = dataclasses.asdict(proof)

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from bn_callbacks.cli.errors import CommandError, one_line
+from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.modules import import_module
 from bn_callbacks.layers import check_model
 
@@ -71,5 +71,5 @@ def _reason(error: Exception) -> str:
             "trust where the file comes from, pass --unsafe."
         )
     if isinstance(error, _DAMAGED):
-        return f"is damaged: {one_line(error)}. Copy or save it again."
-    return f"cannot be loaded. Keras says: {one_line(error)}"
+        return f"is damaged: {text_of(error)}. Copy or save it again."
+    return f"cannot be loaded. Keras says: {text_of(error)}."

@@ -102,9 +102,11 @@ def read_records(
     }
     names, unused = as_fit_takes_them(roles, layout, outputs)
     if unused:
+        own = (layout.names if layout else ("x",), outputs or ("one target",))
         raise CommandError(
-            f"{spec} has {len(targets)} targets for a model with {len(outputs) or 1} "
-            f"outputs. Name them as the outputs: {', '.join(outputs) or 'one target'}."
+            f"{spec} does not fit the model. Received: {len(inputs)} inputs and "
+            f"{len(targets)} targets. The model's inputs are {', '.join(own[0])}, its "
+            f"outputs {', '.join(own[1])}."
         )
 
     @tf.autograph.experimental.do_not_convert

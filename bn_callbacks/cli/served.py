@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_callbacks.cli.errors import one_line
+from bn_callbacks.cli.errors import text_of
 
 
 def main(model: str, inputs: str, outputs: str) -> None:
@@ -72,4 +72,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except Exception as error:
-        sys.exit(one_line(error))
+        sys.exit(text_of(error))

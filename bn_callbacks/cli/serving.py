@@ -67,45 +67,29 @@ def export_saved_model(model: keras.Model, path: Path) -> None:
         model.export(str(path))
 
 
-def verify(model: keras.Model, path: Path, batches: Iterable[Batch]) -> Proof:
-    """Compares what a SavedModel computes with what the model does, on data.
-
-    Another process loads it with TensorFlow, in which importing Keras fails, as on a
-    server: what depends on this process, such as `tf.numpy_function`, shows. The model
-    itself is called in inference mode, layer by layer and not through a graph. Both
-    run on the CPU, so that nothing but the export can make a difference. The first
-    sample is compared once more on its own, as a batch of another size.
+@dataclass(frozen=True)
+class Expectation:
+    """What an export has to compute.
 
     Args:
-        model: The model.
-        path: The SavedModel's directory.
-        batches: Batches of data.
-
-    Raises:
-        CommandError: They do not compute the same, or the SavedModel does not run.
+        inputs: The model's inputs in each batch.
+        outputs: What the model computes from them.
+        samples: The samples in all batches.
+        precision: Machine epsilon of the model's computations.
     """
-    inputs, expected, samples = _expected(model, batches)
-    results = _serve(path, inputs)
-    worst, precision = 0.0, compute_precision(model)
-    for index in range(len(expected[0])):
-        wanted = [outputs[index] for outputs in expected]
-        given = [outputs[index] for outputs in results]
-        worst = max(worst, _difference(wanted, given, precision))
-    if not worst <= BOUND:
-        raise CommandError(
-            "The export does not compute what the model does, and was removed. "
-            f"Received: outputs on {samples:,} samples that differ by up to "
-            f"{worst:.2g} standard deviations (bound: {BOUND:g}). Look for layers that "
-            "draw random numbers, or run in training mode where `training` is not "
-            "passed."
-        )
-    return Proof(worst, samples)
+
+    inputs: list[Arrays]
+    outputs: list[Arrays]
+    samples: int
+    precision: float
 
 
-def _expected(
-    model: keras.Model, batches: Iterable[Batch]
-) -> tuple[list[Arrays], list[Arrays], int]:
-    """Inputs and outputs of the model, for each batch; and the number of samples."""
+def expect(model: keras.Model, batches: Iterable[Batch]) -> Expectation:
+    """What an export of the model, as it is now, has to compute from data.
+
+    The model is called in inference mode, layer by layer and not through a graph. The
+    first sample comes once more on its own, as a batch of another size.
+    """
     inputs: list[Arrays] = []
     outputs: list[Arrays] = []
     samples = 0
@@ -118,14 +102,43 @@ def _expected(
             with tf.device("/CPU:0"), stateless(model):
                 result = forward(model, part, training=False)
                 given = to_model_inputs(model, part)
-            inputs.append([served.storable(tensor) for tensor in given])
-            outputs.append(
-                [served.storable(tensor) for tensor in tf.nest.flatten(result)]
-            )
+            inputs.append([served.storable(one) for one in given])
+            outputs.append([served.storable(one) for one in tf.nest.flatten(result)])
         samples += size
         if samples >= SAMPLES:
             break
-    return inputs, outputs, samples
+    return Expectation(inputs, outputs, samples, compute_precision(model))
+
+
+def verify(path: Path, expected: Expectation) -> Proof:
+    """Compares what a SavedModel computes with what it has to compute.
+
+    Another process loads it with TensorFlow, in which importing Keras fails, as on a
+    server: what depends on this process, such as `tf.numpy_function`, shows. Both run
+    on the CPU, so that nothing but the export can make a difference.
+
+    Args:
+        path: The SavedModel's directory.
+        expected: What it has to compute.
+
+    Raises:
+        CommandError: It computes something else, or does not run.
+    """
+    results = _serve(path, expected.inputs)
+    worst = 0.0
+    for index in range(len(expected.outputs[0])):
+        wanted = [outputs[index] for outputs in expected.outputs]
+        given = [outputs[index] for outputs in results]
+        worst = max(worst, _difference(wanted, given, expected.precision))
+    if not worst <= BOUND:
+        raise CommandError(
+            "The export does not compute what the model does, and was removed. "
+            f"Received: outputs on {expected.samples:,} samples that differ by up to "
+            f"{worst:.2g} standard deviations (bound: {BOUND:g}). Look for layers that "
+            "draw random numbers, or run in training mode where `training` is not "
+            "passed."
+        )
+    return Proof(worst, expected.samples)
 
 
 def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from bn_callbacks.cli.arrays import read_arrays
-from bn_callbacks.cli.errors import CommandError, one_line
+from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.images import read_images
 from bn_callbacks.cli.modules import import_module
 from bn_callbacks.cli.options import DATA
@@ -63,7 +63,7 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
             saved = _load_saved(path)
         except Exception as error:
             raise CommandError(
-                f"{path} is damaged: {one_line(error)}. Save it again."
+                f"{path} is damaged: {text_of(error)}. Save it again."
             ) from error
         return Data(_in_batches(saved, layout, batch_size))
     is_records = ".tfrec" in path.name or any(path.glob("*.tfrec*"))

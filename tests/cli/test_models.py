@@ -1,6 +1,7 @@
 """What may be given as MODEL, and what is said of the rest."""
 
 import json
+import warnings
 import zipfile
 
 import keras
@@ -69,7 +70,7 @@ def scratched(here):
         (written("m.h5", b"x"), "keras.models.load_model('m.h5').save('model.keras')"),
         (written("m.onnx", b"x"), "m.onnx is no .keras file."),
         (written("m.keras", b""), "m.keras is damaged, or no .keras file"),
-        (torn(5000, None), "torn.keras is damaged, or no .keras file"),
+        (torn(5000, 10**9), "torn.keras is damaged, or no .keras file"),
         (torn(5000, 5004), "torn.keras is damaged"),
         (scratched, "scratched.keras is damaged: Bad CRC-32"),
         (zipped(a="b"), "There is no Keras model in zip.keras."),
@@ -79,12 +80,7 @@ def scratched(here):
 )
 def test_what_is_no_model_is_told_in_one_line(fails, here, make, says):
     name = make(here)
-    assert f"bn-callbacks: {says}" in fails("inspect", name) or says in fails(
-        "inspect", name
-    )
-
-
-LAMBDA = "layer = keras.layers.Lambda(lambda x: 2 * x)"
+    assert says in fails("inspect", name)
 
 
 def test_safe_mode_is_on_unless_it_is_given_up(run, fails, here):
@@ -168,43 +164,35 @@ def test_a_module_that_cannot_be_imported(fails, here, module, says):
     assert says in fails("inspect", "model.keras", "--custom-objects", module)
 
 
-def test_a_warning_of_keras_is_one_line(run, here, recwarn):
-    model = keras.models.load_model("model.keras")
-    model.optimizer = keras.optimizers.SGD()
-    import warnings
+@pytest.mark.filterwarnings("default:two")
+def test_a_warning_is_one_line(run, here, monkeypatch):
+    def load(*arguments, **options):
+        warnings.warn("two\nlines", stacklevel=1)
+        return models.load(*arguments, **options)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        original = models.load
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "bn_callbacks.cli.inspect.load",
-                lambda *a, **k: (
-                    warnings.warn("two\nlines", stacklevel=1) or original(*a, **k)
-                ),
-            )
-            ran = run("inspect", "model.keras")
+    monkeypatch.setattr("bn_callbacks.cli.inspect.load", load)
+    ran = run("inspect", "model.keras")
     assert (ran.status, ran.err) == (0, "bn-callbacks: note: two lines\n")
 
 
 def test_debug_shows_the_traceback_before_the_line(run, here):
-    (here / "torn.keras").write_bytes((here / "model.keras").read_bytes()[4:])
-    ran = run("inspect", "torn.keras", "--debug")
+    ran = run("inspect", torn(5000, 5004)(here), "--debug")
     assert ran.status == 2
     assert ran.err.startswith("Traceback (most recent call last):\n")
     assert ran.err.splitlines()[-1].startswith("bn-callbacks: torn.keras ")
 
 
 def test_an_error_is_one_line_of_bearable_length():
-    assert one_line(ValueError("a\n  b\n")) == "a b"
+    assert one_line(ValueError("a\n  b.\n")) == "a b."
+    assert one_line(OSError("a")) == "a."
     text = one_line(RuntimeError("x" * 5000))
-    assert len(text) == LONGEST + 1
-    assert text.endswith("x…")
+    assert len(text) == LONGEST + 2
+    assert text.endswith("x….")
 
 
 def test_an_unexpected_error_names_its_kind_and_asks_for_debug():
     assert one_line(ZeroDivisionError("by zero")) == (
-        "ZeroDivisionError: by zero. Run it again with --debug for the traceback."
+        "ZeroDivisionError: by zero. Run it again with --debug for a traceback."
     )
     assert one_line(MemoryError()).startswith("MemoryError. Run it again")
 
@@ -213,7 +201,7 @@ def test_graphs_of_tensorflow_are_left_out_of_an_error():
     text = (
         "{{function_node f}} corrupted record at 0\n\t [[{{node x}}]] [Op:Next] name: "
     )
-    assert one_line(CommandError(text)) == "corrupted record at 0"
+    assert one_line(CommandError(text)) == "corrupted record at 0."
 
 
 @pytest.mark.skipif(not hasattr(ValueError, "add_note"), reason="Python 3.11")

@@ -192,16 +192,11 @@ def test_ctrl_c_while_reading_leaves_nothing(untouched, capsys, run, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "says"),
+    ("target", "error", "status", "says"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device"), 2, "No space left on device. Nothing"),
-        (RuntimeError("no"), 2, "no"),
+        (("--output", "new.keras"), KeyboardInterrupt(), 130, "interrupted"),
+        (("--in-place",), OSError(28, "Disk full"), 2, "Disk full. Nothing was"),
     ],
-)
-@pytest.mark.parametrize(
-    "target",
-    [("--output", "new.keras"), ("--output", "a/b/new.keras"), ("--in-place",)],
 )
 def test_what_ends_the_saving_leaves_nothing(
     run, untouched, monkeypatch, error, status, says, target
@@ -214,6 +209,28 @@ def test_what_ends_the_saving_leaves_nothing(
     ran = run(*RECALIBRATE, *target)
     assert (ran.status, ran.err.count("\n")) == (status, 1)
     assert says in ran.err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+@pytest.mark.parametrize("name", ["new.keras", "a/b/new.keras", "model.keras", "d/e"])
+def test_what_ends_the_writing_leaves_nothing(untouched, error, name):
+    writes = writing.replacing(untouched / name)
+    raised = CommandError if error is OSError else error
+    with pytest.raises(raised), writes as new:
+        if new.suffix:
+            new.write_text("half")
+        else:
+            (new / "deep").mkdir(parents=True)
+            (new / "deep" / "file").write_text("half")
+        raise error("early")
+
+
+def test_a_directory_made_for_an_output_stays_if_others_use_it(here):
+    writes = writing.replacing(here / "a" / "b" / "new.keras")
+    with pytest.raises(KeyboardInterrupt), writes:
+        (here / "a" / "theirs").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in (here / "a").iterdir()] == ["theirs"]
 
 
 def test_a_full_disk_leaves_nothing(fails, untouched):
