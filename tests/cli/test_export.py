@@ -269,7 +269,7 @@ def sequence_model():
     model = keras.Sequential(
         [
             keras.Input((None, 4)),
-            keras.layers.TimeDistributed(keras.layers.Dense(3)),
+            keras.layers.Dense(3),
             keras.layers.BatchNormalization(),
             keras.layers.LSTM(3, return_sequences=True),
         ]
@@ -324,6 +324,21 @@ def test_models_of_many_kinds_are_exported(run, here, make, data):
     proof = json.loads(ran.out)["verified"]
     assert proof["difference"] < proof["bound"]
     assert Path("out/saved_model.pb").is_file()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_keras_in_the_graph_is_found(fails, here):
+    # Keras 3.0 to 3.15 export a TimeDistributed layer over an open number of steps so
+    # that it counts samples as steps.
+    steps = keras.layers.TimeDistributed(keras.layers.Dense(3))
+    bn = keras.layers.BatchNormalization()
+    keras.Sequential([keras.Input((None, 4)), bn, steps]).save("steps.keras")
+    for samples in (4, 40):
+        np.savez("steps.npz", x=random(samples, 7, 4))
+        given = ("--data", "steps.npz", "--output", "out")
+        line = fails("export", "steps.keras", *given)
+        assert ", and was removed." in line
+        assert not Path("out").exists()
 
 
 PYTHON_INSIDE = """

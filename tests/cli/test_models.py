@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bn_callbacks.cli import models
-from bn_callbacks.cli.errors import LONGEST, CommandError, one_line
+from bn_callbacks.cli.errors import LONGEST, CommandError, one_line, text_of
 
 
 def weights_only(here):
@@ -184,10 +184,10 @@ def test_debug_shows_the_traceback_before_the_line(run, here):
 
 def test_an_error_is_one_line_of_bearable_length():
     assert one_line(ValueError("a\n  b.\n")) == "a b."
-    assert one_line(OSError("a")) == "a."
+    assert text_of(ValueError("a. ")) == "a"
     text = one_line(RuntimeError("x" * 5000))
-    assert len(text) == LONGEST + 2
-    assert text.endswith("x….")
+    assert len(text) == LONGEST + 1
+    assert text.endswith("x…")
 
 
 def test_an_unexpected_error_names_its_kind_and_asks_for_debug():
@@ -201,7 +201,7 @@ def test_graphs_of_tensorflow_are_left_out_of_an_error():
     text = (
         "{{function_node f}} corrupted record at 0\n\t [[{{node x}}]] [Op:Next] name: "
     )
-    assert one_line(CommandError(text)) == "corrupted record at 0."
+    assert one_line(CommandError(text)) == "corrupted record at 0"
 
 
 @pytest.mark.skipif(not hasattr(ValueError, "add_note"), reason="Python 3.11")

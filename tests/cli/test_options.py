@@ -83,7 +83,9 @@ def test_help_shows_each_command_in_use(capsys):
 def test_examples_in_the_help_of_a_command_work(command, here, received, capsys):
     for example in examples([command, "--help"], capsys):
         assert example[0] == command
-        assert cli.main(example) == 0, capsys.readouterr()
+        # The model has trained for too few steps, which data show.
+        found = command == "inspect" and "--data" in example
+        assert cli.main(example) == found, capsys.readouterr()
     written = {path.name for path in here.iterdir()}
     written -= {"model.keras", "train.npz", "val.npz"}
     wanted = {"recalibrate": {"new.keras"}, "export": {"serving"}}
