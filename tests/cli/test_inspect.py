@@ -1,6 +1,8 @@
 """`bn-callbacks inspect`: what it shows, and when it finds something."""
 
 import json
+import re
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -34,6 +36,15 @@ def test_the_ranges_are_those_of_the_statistics(run, here):
     save([-1, 0, 0, 0, 0, 2.5], [0.25, 1, 1, 1, 1, 30])
     row = run("inspect", "model.keras").out.splitlines()[1]
     assert row.split()[5:] == ["-1", "..", "2.5", "0.25", "..", "30"]
+
+
+def test_the_documentation_shows_what_is_printed(run, here):
+    page = Path(__file__).parents[2] / "docs" / "command-line.md"
+    (shown,) = re.findall(
+        r"```text\n(layer .*?)```", page.read_text("utf-8"), re.DOTALL
+    )
+    save([-1.28, 0, 0, 0, 0, 1.32], [0, 1, 1, 1, 1, 3.13])
+    assert run("inspect", "model.keras").out == shown
 
 
 @pytest.mark.parametrize(

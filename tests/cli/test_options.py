@@ -4,12 +4,15 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bn_callbacks import cli, demo
 from bn_callbacks.cli.options import parse
 
+ROOT = Path(__file__).parents[2]
+FLAGS = re.DOTALL | re.MULTILINE
 COMMANDS = ("demo", "inspect", "recalibrate", "export")
 
 
@@ -73,6 +76,18 @@ def test_options(received):
     ]
     assert cli.main(["demo", *options]) == 0
     assert received == [("here", "m.keras", {"epochs": 3, "seed": 7})]
+
+
+def test_commands_in_the_documentation_are_understood():
+    found = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(
+            r"^```bash\n(.*?)^```$", document.read_text("utf-8"), FLAGS
+        ):
+            found += re.findall(r"(?:^|&& )bn-callbacks (.*)$", block, re.MULTILINE)
+    for line in found:
+        assert parse(shlex.split(line)).command in COMMANDS
+    assert {line.split()[0] for line in found} == set(COMMANDS)
 
 
 def test_help_shows_each_command_in_use(capsys):
