@@ -55,10 +55,14 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_type_checkers_see_the_same_names_from_the_same_homes():
     tree = ast.parse(INIT.read_text("utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown, hidden = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(shown.test) == "TYPE_CHECKING"
+    # A module with `__getattr__` would have every name, for a type checker.
+    assert ast.unparse(hidden.test) == "not TYPE_CHECKING"
+    assert [node.name for node in hidden.body] == ["__getattr__"]
     seen = {
         alias.name: node.module.removeprefix("bn_callbacks.")
-        for node in block.body
+        for node in shown.body
         for alias in node.names
     }
     assert seen == bn_callbacks._HOMES
