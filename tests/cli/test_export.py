@@ -15,6 +15,7 @@ from cli_kit import make_model
 from bn_callbacks.cli import served, serving
 from bn_callbacks.cli.errors import CommandError
 from bn_callbacks.layers import compute_precision, takes_any_batch, to_model_inputs
+from bn_callbacks.recalibration import recalibrate
 
 EXPORT = ("export", "model.keras", "--data", "train.npz", "--output", "serving/1")
 
@@ -42,18 +43,18 @@ def test_the_export_computes_what_the_recalibrated_model_does(run, here, in_proc
     assert report["verified"]["samples"] == 128
     assert report["verified"]["difference"] < report["verified"]["bound"] == 1e-3
     assert (here / "model.keras").read_bytes() == content
-    assert run("recalibrate", *EXPORT[1:4], "--output", "new.keras").status == 0
     x = np.load("val.npz")["x"]
     loaded = tf.saved_model.load("serving/1")
     outputs = loaded.serve(x)
-    wanted, old = (
-        keras.models.load_model(f"{name}.keras").predict(x, verbose=0)
-        for name in ("new", "model")
-    )
+    model = keras.models.load_model("model.keras")
+    old = model(x)
+    recalibrate(model, np.load("train.npz")["x"], verbose=0)
+    wanted = model(x)
     np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
-    assert np.abs(wanted - old).max() > 0.1
+    assert np.abs(np.asarray(wanted - old)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_bound_is_printed_and_nothing_else_is_made(run, here, in_process):
     (here / "serving").mkdir()
     ran = run(*EXPORT)
@@ -141,6 +142,7 @@ def test_what_ends_the_export_leaves_nothing(
     assert ran.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(fails, untouched):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
@@ -152,6 +154,7 @@ def test_a_full_disk_leaves_nothing(fails, untouched):
     assert line.endswith("Nothing was left behind.\n")
 
 
+@pytest.mark.slow
 def test_a_worse_validation_loss_exports_nothing(run, untouched):
     model = keras.models.load_model("model.keras")
     x = np.load("val.npz")["x"]
