@@ -156,13 +156,13 @@ class BatchNormReport:
             "worst": self.worst.path if self.worst else None,
             "lagging": [layer.path for layer in self.lagging],
         }
-        plain: dict[str, Any] = _plain(values)
-        return plain
+        result: dict[str, Any] = plain(values)
+        return result
 
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
-        lines = [_table([list(_COLUMNS), *self._rows()]), *self._notes()]
+        lines = [table([list(_COLUMNS), *self._rows()]), *self._notes()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -260,24 +260,31 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Rows of cells, aligned.
+
+    Args:
+        rows: The rows, equally long; headings first.
+        left: Number of columns that hold names, to the left. The rest are figures,
+            to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        # Names to the left, figures to the right.
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
-        cells += [
-            cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as `json.dumps` takes it: numbers that are not finite as strings."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
