@@ -25,7 +25,7 @@ from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_repo
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
-from bn_callbacks.tensorboard import ReportWriter
+from bn_callbacks.tensorboard import MAX_CHARTS, ReportWriter
 from bn_callbacks.windows import Windows
 
 MAX_INTERVAL = 100
@@ -48,10 +48,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
     use these logs, and before those that write statistics.
 
     Args:
-        log_dir: Directory for TensorBoard scalars; nothing is written without it.
+        log_dir: Directory for TensorBoard's files; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`.
-        update_freq: How often to write scalars besides each epoch's end: `"auto"`,
+            of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
+            `pip install "bn-callbacks[plot]"`.
+        update_freq: How often to write charts besides each epoch's end: `"auto"`,
             `"batch"`, or a number of batches. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
@@ -61,6 +62,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             statistics; the gap decides whether anything is wrong at all.
         layers: Which layers, as `recalibrate` takes them; all by default.
         verbose: 1 prints the report at each epoch's end.
+        max_charts: Layers that get charts of their own in TensorBoard, at most: those
+            that lag most. The others are in the summary and in the heat map.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
@@ -97,6 +100,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         probe: Any = None,
         layers: LayerSelection = None,
         verbose: int = 0,
+        max_charts: int = MAX_CHARTS,
     ) -> None:
         super().__init__()
         is_number = isinstance(update_freq, int) and update_freq >= 1
@@ -122,6 +126,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
             )
+        if not (isinstance(max_charts, int) and max_charts >= 0):
+            raise ValueError(
+                "`max_charts` must be a number of layers, 0 or more. Received: "
+                f"max_charts={max_charts!r}."
+            )
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
@@ -130,6 +139,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self.probe = probe
         self.layers = layers
         self.verbose = verbose
+        self.max_charts = max_charts
         self.report: BatchNormReport | None = None
         self._is_fitting = False
 
@@ -147,7 +157,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._epochs_done = 0
         self._read_at: int | None = None
         self._written_at = 0
-        self._writer = ReportWriter(self.log_dir) if self.log_dir else None
+        self._writer: ReportWriter | None = None
+        if self.log_dir:
+            self._writer = ReportWriter(
+                self.log_dir, self.max_charts, self.threshold, iterations(self.model)
+            )
         if is_built(self.model):
             self._start()
 
@@ -188,7 +202,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.read())
         if is_writing and self._writer is not None:
             self._written_at = done
-            self._writer.write(self._make_report(), iterations(self.model))
+            report = self._make_report()
+            self._writer.write(report, iterations(self.model), self._evidence)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -206,23 +221,28 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
-            self._writer.write(report, iterations(self.model))
+            self._writer.write(
+                report, iterations(self.model), self._evidence, ends_epoch=True
+            )
         if self.verbose:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        self._close()
         if self._windows is None or self.report is None:
+            self._close()
             return
-        if not self._windows.is_untouched():
-            # Restored or corrected: the report is about something that is gone.
-            return
-        if self._fingerprint() != self._weights:
+        # If restored or corrected, the report is about something that is gone.
+        is_valid = self._windows.is_untouched()
+        if is_valid and self._fingerprint() != self._weights:
             # By the optimizer's averages, for one.
             self.report = self._make_report(self._losses(), are_weights_replaced=True)
-        self._tell(self.report, 0)
+        if self._writer is not None:
+            self._writer.conclude(self.report, iterations(self.model))
+        self._close()
+        if is_valid:
+            self._tell(self.report, 0)
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -311,7 +331,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 is_recalibrated=company(self.model).recalibrates,
             )
         report = BatchNormReport((), *losses, clues=self._clues)
-        evidence = [
+        self._evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
                 batch_size=self._examples.batch_size,
@@ -321,7 +341,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
             )
             for index in range(len(self._windows.layers))
         ]
-        return dataclasses.replace(report, layers=layer_reports(evidence))
+        return dataclasses.replace(report, layers=layer_reports(self._evidence))
 
     def _tell(self, report: BatchNormReport, steps_left: int | None) -> None:
         if self._findings is None or self.on_lag == "ignore":

@@ -80,6 +80,11 @@ class Evidence:
     loss_gap: float | None = None
     threshold: float = DEFAULT_THRESHOLD
 
+    @property
+    def pair(self) -> tuple[Statistics, Statistics] | None:
+        """Statistics of the batches, and those that they are held against."""
+        return None if self.batch is None else (self.batch, self.past or self.moving)
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -127,7 +132,7 @@ def measure(seen: Evidence) -> Figures:
         if seen.batch_size is not None:
             scatter = max(stream.mean_noise, _ordered(seen))
             design = scatter * max(seen.batch_size - 1, 0)
-    if seen.batch is None:
+    if seen.pair is None:
         return Figures(
             start_weight=weight,
             stream=stream,
@@ -135,7 +140,7 @@ def measure(seen: Evidence) -> Figures:
             stall_part=_stall_part(seen),
             design_effect=design,
         )
-    clean = seen.past or seen.moving
+    batch, clean = seen.pair
     start_part = 0.0
     if seen.start is not None and weight is not None and not seen.past and weight < 1:
         clean = Statistics(
@@ -144,15 +149,14 @@ def measure(seen: Evidence) -> Figures:
         )
         start_part = lag(clean, seen.moving, seen.epsilon)
     elif seen.updates == 0 and seen.is_initial:
-        clean = seen.batch
-        start_part = lag(seen.batch, seen.moving, seen.epsilon)
-    rest = lag(seen.batch, clean, seen.epsilon)
+        clean = batch
+        start_part = lag(batch, seen.moving, seen.epsilon)
+    rest = lag(batch, clean, seen.epsilon)
     is_noise = rest <= NOISE_FACTOR * floor
-    pair = (seen.batch, seen.past or seen.moving, seen.epsilon)
     return Figures(
-        lag=lag(*pair),
-        mean_shift=mean_shift(*pair),
-        scale_ratio=scale_ratio(*pair),
+        lag=lag(*seen.pair, seen.epsilon),
+        mean_shift=mean_shift(*seen.pair, seen.epsilon),
+        scale_ratio=scale_ratio(*seen.pair, seen.epsilon),
         start_weight=weight,
         stream=stream,
         start_part=start_part,
