@@ -1,4 +1,4 @@
-"""Scalars under `log_dir`, read back from the event files."""
+"""What a `fit` leaves under `log_dir`, read back from the event files."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,8 @@ from bn_callbacks import (
     RecalibrationReport,
 )
 from bn_callbacks.tensorboard import SUBDIRECTORY, ReportWriter
+from bn_callbacks.tensorboard.panels import recalibration_panel
+from bn_callbacks.tensorboard.writer import OVERVIEW
 
 BATCH = 16
 X = np.random.default_rng(0).normal(3, 2, (10 * BATCH, 3)).astype("float32")
@@ -49,18 +51,29 @@ def monitor_of(log_dir, *arguments, **keywords):
     return BatchNormMonitor(log_dir, *arguments, on_lag="ignore", **keywords)
 
 
-def read(log_dir, subdirectory=SUBDIRECTORY):
-    """`{tag: {step: value}}` of all that was written."""
-    events = EventAccumulator(
-        str(Path(log_dir) / subdirectory), size_guidance={"tensors": 0}
-    )
-    events.Reload()
+def events_of(log_dir, subdirectory=SUBDIRECTORY):
+    everything = dict.fromkeys(("tensors", "scalars", "images", "histograms"), 0)
+    directory = str(Path(log_dir) / subdirectory)
+    return EventAccumulator(directory, size_guidance=everything).Reload()
+
+
+def read(log_dir, subdirectory=SUBDIRECTORY, plugin="scalars"):
+    """`{tag: {step: value}}` of all that was written for a plugin of TensorBoard."""
+    events = events_of(log_dir, subdirectory)
     return {
         tag: {
-            event.step: tf.make_ndarray(event.tensor_proto).item()
+            event.step: tf.make_ndarray(event.tensor_proto)
             for event in events.Tensors(tag)
         }
         for tag in events.Tags()["tensors"]
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == plugin
+    }
+
+
+def texts(log_dir):
+    return {
+        tag: {step: value.item().decode() for step, value in values.items()}
+        for tag, values in read(log_dir, plugin="text").items()
     }
 
 
@@ -93,7 +106,20 @@ def test_every_figure_of_each_epochs_report_is_a_scalar(tmp_path):
     for tag, values in expected.items():
         known = {s: v for s, v in zip(steps, values, strict=True) if v is not None}
         assert written.pop(tag, {}) == approx(known), tag
-    assert not [tag for tag in written if tag.split("/")[1] in (*FIGURES, "summary")]
+    assert all(tag.startswith(f"{OVERVIEW}/") for tag in written)
+
+
+def test_the_summary_is_also_where_tensorboard_shows_it_first(tmp_path):
+    fit(make_model(), monitor_of(tmp_path, probe=(X, Y)))
+    written = read(tmp_path)
+    summary = {tag for tag in written if tag.startswith("bn/summary/")}
+    assert {f"{OVERVIEW}/{tag.split('/')[2]}" for tag in summary} == {
+        tag for tag in written if tag.startswith(OVERVIEW)
+    }
+    for tag in summary:
+        assert written[tag] == written[f"{OVERVIEW}/{tag.split('/')[2]}"]
+    # TensorBoard sorts groups by the codes of their characters.
+    assert sorted(written)[0].startswith(OVERVIEW)
 
 
 def test_scalars_say_what_they_are(tmp_path):
@@ -101,7 +127,9 @@ def test_scalars_say_what_they_are(tmp_path):
     events = EventAccumulator(str(tmp_path / SUBDIRECTORY))
     events.Reload()
     for tag in events.Tags()["tensors"]:
-        assert events.SummaryMetadata(tag).summary_description
+        metadata = events.SummaryMetadata(tag)
+        if metadata.plugin_data.plugin_name != "custom_scalars":
+            assert metadata.summary_description
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
@@ -109,7 +137,8 @@ def test_what_is_not_known_is_left_out(tmp_path):
     layers = (LayerReport("a", lag=0.5), LayerReport("b/c", noise=0.1))
     writer.write(BatchNormReport(layers), 7)
     writer.close()
-    assert read(tmp_path) == {
+    written = read(tmp_path)
+    assert {tag: v for tag, v in written.items() if not tag.startswith(OVERVIEW)} == {
         "bn/summary/max_lag": {7: 0.5},
         "bn/summary/layers_lagging": {7: 0.0},
         "bn/lag/a": {7: 0.5},
@@ -165,7 +194,7 @@ def test_lives_beside_the_callback_of_keras_in_the_same_log_dir(tmp_path):
     history = fit(make_model(), monitor_of(log_dir), keras_own).history
     assert {"batch_norm", "train"} <= set(os.listdir(log_dir))
     own = read(log_dir)
-    assert all(tag.startswith("bn/") for tag in own)
+    assert all(tag.startswith(("bn/", f"{OVERVIEW}/")) for tag in own)
     assert read(log_dir, "train")["epoch_bn_lag"] == {0: approx(history["bn_lag"][0])}
 
 
@@ -217,8 +246,9 @@ def test_recalibrations_leave_a_mark(tmp_path, when, steps, is_first):
     fit(make_model(), *(callbacks[::-1] if is_first else callbacks), epochs=2,
         validation_data=(X, Y))  # fmt: skip
     written = read(tmp_path)
-    assert sorted(written["bn/recalibration"]) == steps
-    assert written["bn/recalibration"][20].decode() == str(callback.report)
+    marks = texts(tmp_path)["bn/recalibration"]
+    assert sorted(marks) == steps
+    assert marks[20] == recalibration_panel(callback.report)
     assert written["bn/summary/residual"][20] == approx(callback.report.residual)
 
 
@@ -241,11 +271,11 @@ def test_a_mark_left_after_closing_is_closed_again(tmp_path):
         committed=True,
     )  # fmt: skip
     writer.mark(report, 3)
-    assert list(read(tmp_path)) == ["bn/recalibration"]
+    assert list(texts(tmp_path)) == ["bn/recalibration"]
     writer.write(BatchNormReport(), 4)
     writer.mark(report, 5)
     writer.write(BatchNormReport(), 6)
     writer.close()
     writer.close()
     assert len(event_files(tmp_path)) == 2
-    assert list(read(tmp_path)["bn/recalibration"]) == [3, 5]
+    assert list(texts(tmp_path)["bn/recalibration"]) == [3, 5]

@@ -36,7 +36,7 @@ PALETTE = 128
 WIDTH = 5.0
 """Width of the map, in inches, to which that of the labels is added."""
 
-TOP, BOTTOM = 0.85, 0.45
+TOP, BOTTOM = 0.85, 0.5
 """Heights of the legend above the map, and of the axis below it, in inches."""
 
 
@@ -47,7 +47,7 @@ def draw_heat_map(
     causes: Mapping[int, str],
     threshold: float,
     title: str,
-) -> tuple[bytes, tuple[int, int]]:
+) -> "Figure":
     """Draws a row for each layer, in model order, and a column for each time.
 
     The colours are perceptually uniform over the logarithm of the lag and always mean
@@ -63,39 +63,47 @@ def draw_heat_map(
         title: A line above.
 
     Returns:
-        A PNG file, and its width and height.
+        A figure, unknown to pyplot.
     """
     inside = height(len(paths))
     left, right = _margin(shorten(paths)), _margin(list(causes.values()))
     size = (left + WIDTH + right, TOP + inside + BOTTOM)
     # Pictures without pyplot need no window system and leave no figure behind.
-    figure = matplotlib("figure").Figure(size, dpi=DPI)
+    figure: Figure = matplotlib("figure").Figure(size, dpi=DPI)
     axes = figure.add_axes(
         (left / size[0], BOTTOM / size[1], WIDTH / size[0], inside / size[1])
     )
     scale = figure.add_axes(
         (left / size[0], 1 - 0.5 / size[1], WIDTH / size[0], 0.12 / size[1])
     )
-    _draw_scale(scale, axes, _draw_cells(axes, edges, lags), threshold, lags)
+    _draw_scale(scale, _draw_cells(axes, edges, lags), threshold)
+    _draw_others(axes, lags, below=0.28 / inside)
     axes.set_title(title, loc="left", fontsize=FONT_SIZE + 2)
     axes.set_xlabel("step", fontsize=FONT_SIZE)
     axes.tick_params(axis="x", labelsize=FONT_SIZE)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(matplotlib("ticker").MaxNLocator(6, integer=True))
     named = label_rows(axes, paths, causes, inside)
     notes = axes.twinx()
     noted = [row for row in named if row in causes]
     notes.set_ylim(axes.get_ylim())
     notes.set_yticks(noted, [causes[row] for row in noted], fontsize=FONT_SIZE)
     notes.tick_params(length=0)
-    return _png(figure)
+    return figure
 
 
 def _margin(labels: Sequence[str]) -> float:
     return 0.3 + CHARACTER * max(map(len, labels), default=0)
 
 
-def _png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
-    """A PNG file with a palette, a quarter of the size of one without."""
+def to_png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
+    """Draws a figure into a PNG file of a quarter of the usual size.
+
+    Args:
+        figure: Any figure with few colours, for the file has a palette.
+
+    Returns:
+        The file, and the picture's width and height.
+    """
     canvas = matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
     canvas.draw()
     image = importlib.import_module("PIL.Image")
@@ -128,13 +136,7 @@ def _draw_cells(
     )
 
 
-def _draw_scale(
-    scale: "Axes",
-    axes: "Axes",
-    mesh: "QuadMesh",
-    threshold: float,
-    lags: NDArray[np.float64],
-) -> None:
+def _draw_scale(scale: "Axes", mesh: "QuadMesh", threshold: float) -> None:
     bar = scale.figure.colorbar(
         mesh, cax=scale, orientation="horizontal", ticklocation="top", extend="both"
     )
@@ -145,6 +147,10 @@ def _draw_scale(
         fontsize=FONT_SIZE,
     )
     bar.ax.axvline(threshold, color="white", linewidth=2.5)
+
+
+def _draw_others(axes: "Axes", lags: NDArray[np.float64], below: float) -> None:
+    """Explains the colours that are not on the scale, where they occur."""
     others = {
         "lag unknown": (UNKNOWN, np.isnan(lags).any()),
         "not finite": (NOT_FINITE, np.isinf(lags).any()),
@@ -158,9 +164,9 @@ def _draw_scale(
     if handles:
         axes.legend(
             handles=handles,
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            borderaxespad=0.2,
+            loc="upper right",
+            bbox_to_anchor=(1, -below),
+            borderaxespad=0,
             ncols=2,
             frameon=False,
             fontsize=FONT_SIZE,

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,6 +161,11 @@ class ReportWriter:
         if not was_open:
             self._main.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to close."""
+        return any(file.is_open for file in self._files())
+
     def close(self) -> None:
         """Closes the event files; the next `write` opens new ones."""
         for file in self._files():
@@ -197,7 +202,7 @@ class ReportWriter:
             return []
         self._drawn_at = step
         paths = [layer.path for layer in report.layers]
-        png, size = pictures.draw_heat_map(
+        figure = pictures.draw_heat_map(
             paths,
             self._history.edges,
             self._history.lags,
@@ -205,6 +210,7 @@ class ReportWriter:
             self._threshold,
             f"{report.headline} at step {step:,}",
         )
+        png, size = pictures.to_png(figure)
         return [
             image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
         ]
