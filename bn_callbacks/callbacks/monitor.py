@@ -150,6 +150,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
+        self._gap: float | None = None
         self._findings: Findings | None = None
         self._counter = StepCounter(self.model, self.params)
         self._first_epoch: int | None = None
@@ -216,6 +217,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             return
         self._end_epoch()
         self.report = report = self._make_report(self._losses())
+        # Holds until the probe is measured again.
+        self._gap = report.loss_gap
         if logs is not None:
             logs["bn_lag"] = report.max_lag
             if report.loss_gap is not None:
@@ -318,7 +321,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def _make_report(
         self,
-        losses: tuple[float | None, float | None] = (None, None),
+        losses: tuple[float | None, float | None] | None = None,
         are_weights_replaced: bool = False,
     ) -> BatchNormReport:
         assert self._windows is not None
@@ -330,14 +333,14 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 total_steps=self._total_steps(),
                 is_recalibrated=company(self.model).recalibrates,
             )
-        report = BatchNormReport((), *losses, clues=self._clues)
+        report = BatchNormReport((), *(losses or (None, None)), clues=self._clues)
         self._evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
                 batch_size=self._examples.batch_size,
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
-                loss_gap=report.loss_gap,
+                loss_gap=report.loss_gap if losses else self._gap,
             )
             for index in range(len(self._windows.layers))
         ]

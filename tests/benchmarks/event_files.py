@@ -55,7 +55,9 @@ def make_report(layers: int, seed: int = 0) -> tuple[BatchNormReport, list[Evide
                 path=f"resnet/stage_{index // 20}/block_{index % 20}/bn",
                 momentum=0.99,
                 epsilon=1e-3,
-                moving=Statistics(mean + rng.normal(0, shift, CHANNELS), np.ones(CHANNELS)),
+                moving=Statistics(
+                    mean + rng.normal(0, shift, CHANNELS), np.ones(CHANNELS)
+                ),
                 batch=windows[-1],
                 updates=100_000,
                 start=Statistics(np.zeros(CHANNELS), np.ones(CHANNELS)),
@@ -65,7 +67,9 @@ def make_report(layers: int, seed: int = 0) -> tuple[BatchNormReport, list[Evide
                 batch_size=64,
             )
         )
-    report = BatchNormReport(layer_reports(evidence), loss_batch=1.0, loss_inference=2.0)
+    report = BatchNormReport(
+        layer_reports(evidence), loss_batch=1.0, loss_inference=2.0
+    )
     return report, evidence
 
 
