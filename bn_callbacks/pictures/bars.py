@@ -88,8 +88,9 @@ def _draw_bars(
     axes: "Axes", lags: Lags, groups: Sequence[str], colours: Mapping[str, str]
 ) -> NDArray[np.float64]:
     """Draws bars, coloured by group. Returns what they stand for, -1 if unknown."""
-    values = np.array([math.nan if lag is None else lag for lag in lags], float)
-    is_infinite, is_unknown = np.isinf(values), np.isnan(values)
+    is_unknown = np.array([lag is None for lag in lags], bool)
+    values = np.array([0.0 if lag is None else lag for lag in lags], float)
+    is_infinite = ~np.isfinite(values)
     edge = _scale(axes, float(values[np.isfinite(values)].max(initial=0.0)))
     widths = np.where(is_infinite, edge, values)
     rows = np.arange(len(values))
@@ -117,7 +118,7 @@ def _draw_bars(
             markersize=4,
             label="lag unknown",
         )
-    return np.where(is_unknown, -1.0, values)
+    return np.where(is_unknown, -1.0, np.where(is_infinite, math.inf, values))
 
 
 def _scale(axes: "Axes", largest: float) -> float:

@@ -15,9 +15,6 @@ FONT_SIZE = 8
 ROW = 0.22
 """Height of a row, in inches, as long as the picture has room."""
 
-MAX_HEIGHT = 10.0
-"""Height of the rows of a picture at most, in inches: more rows are drawn thinner."""
-
 CHARACTER = 0.068
 """Width of a character of a label, in inches."""
 
@@ -51,16 +48,18 @@ def matplotlib(module: str) -> Any:
         ) from None
 
 
-def height(rows: int) -> float:
-    """Height, in inches, of so many rows."""
-    return min(max(rows, 4) * ROW, MAX_HEIGHT)
+def height(rows: int, most: float) -> float:
+    """Height, in inches, of so many rows, which become thinner where they must."""
+    return min(max(rows, 4) * ROW, most)
 
 
 def new_axes(rows: int) -> "Axes":
     """Axes in a new figure of pyplot, which a notebook shows by itself."""
     pyplot = matplotlib("pyplot")
     axes: Axes
-    _, axes = pyplot.subplots(figsize=(9, height(rows) + 1.4), layout="constrained")
+    _, axes = pyplot.subplots(
+        figsize=(9, height(rows, most=10) + 1.4), layout="constrained"
+    )
     return axes
 
 

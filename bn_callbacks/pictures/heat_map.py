@@ -34,7 +34,7 @@ PALETTE = 128
 """Colours of the file."""
 
 WIDTH = 5.0
-"""Width of the map, in inches, to which that of the labels is added."""
+"""Width of the map in inches, and its height at most; the labels are beside it."""
 
 TOP, BOTTOM = 0.85, 0.5
 """Heights of the legend above the map, and of the axis below it, in inches."""
@@ -65,7 +65,7 @@ def draw_heat_map(
     Returns:
         A figure, unknown to pyplot.
     """
-    inside = height(len(paths))
+    inside = height(len(paths), most=WIDTH)
     left, right = _margin(shorten(paths)), _margin(list(causes.values()))
     size = (left + WIDTH + right, TOP + inside + BOTTOM)
     # Pictures without pyplot need no window system and leave no figure behind.

@@ -1,5 +1,6 @@
 """The lags of all layers since training began, in little memory."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,9 +31,7 @@ class LagHistory:
             step: The step. What is found at the step before again replaces that.
             lags: The lags of all layers; None where unknown.
         """
-        values = np.array([np.nan if lag is None else lag for lag in lags], np.float64)
-        # A lag that is no number is as bad as lags can be; unknown ones are marked so.
-        values[[lag is not None and lag != lag for lag in lags]] = np.inf
+        values = np.array([_number(lag) for lag in lags], np.float64)
         if self._columns and step <= self._edges[-1]:
             self._columns[-1] = values
             return
@@ -62,3 +61,10 @@ class LagHistory:
     def lags(self) -> NDArray[np.float64]:
         """The lags, of shape `(layers, columns)`; `nan` where unknown."""
         return np.stack(self._columns, axis=1)
+
+
+def _number(lag: float | None) -> float:
+    """`nan` if unknown; a lag that is no number is as bad as lags can be."""
+    if lag is None:
+        return math.nan
+    return math.inf if math.isnan(lag) else lag

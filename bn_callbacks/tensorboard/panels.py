@@ -12,7 +12,7 @@ from bn_callbacks.tensorboard.charts import worst_first
 MAX_ROWS = 30
 """Layers in a table at most, the worst."""
 
-ADVICE_WIDTH = 60
+ADVICE_WIDTH = 36
 """Characters in a line of advice."""
 
 
