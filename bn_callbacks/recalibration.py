@@ -307,7 +307,7 @@ class Recalibration:
             [*seen.values(), *uncalled.values()],
             self._model,
         )
-        new, residual, passes = refine_statistics(
+        new, residuals, passes = refine_statistics(
             self._population, batches, first, old, self._refine, show
         )
         loss_before = loss_after = None
@@ -330,7 +330,9 @@ class Recalibration:
         ]
         report = RecalibrationReport(
             before=before,
-            residual=residual,
+            residual=max(
+                (each for each in residuals if each is not None), default=None
+            ),
             samples=first.samples,
             batches=first.batches,
             passes=passes,
@@ -339,6 +341,7 @@ class Recalibration:
             loss_after=loss_after,
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
+            residuals=(*residuals, *[None] * len(uncalled)),
             _undo=lambda: restore(saved),
         )
         if show:
