@@ -33,6 +33,9 @@ def one_line(error: BaseException) -> str:
 
 
 def _joined(error: BaseException) -> str:
+    text = str(error)
+    if text.startswith("in user code:"):  # The stack of a traced function comes first.
+        text = re.split(r"\n\s+(?=\w*Error: )", text)[-1]
     notes = getattr(error, "__notes__", [])
-    text = " ".join(_NOISE.sub("", " ".join([str(error), *notes])).split())
+    text = " ".join(_NOISE.sub("", " ".join([text, *notes])).split())
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -362,6 +362,14 @@ def test_records_are_a_file_a_pattern_or_a_directory(records, name, values, mode
     assert (x.shape[1], y.shape) == (4, (len(values), 1))
 
 
+def test_other_data_beside_records_are_no_records(records, here, model):
+    spec = str(records / "spec.json")
+    assert batches(here / "val.npz", model, features=spec)[0][0].shape == (32, 4)
+    (records / "any.name").write_bytes((records / "part-0.tfrecord").read_bytes())
+    ((x, _, _),) = batches(records / "any.name", model, features=spec)
+    assert x.shape == (3, 4)
+
+
 def test_compressed_records(records, model):
     content = (records / "part-0.tfrecord").read_bytes()
     (records / "p.tfrecord.gz").write_bytes(gzip.compress(content))
