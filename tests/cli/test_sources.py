@@ -475,9 +475,9 @@ def test_records_need_a_specification(records, model):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: content[:20], "truncated record"),
+        (lambda content: content[:20], "The data are damaged: truncated record"),
         (lambda content: content.replace(b"target", b"tarGet"), "corrupted record"),
-        (None, "target"),
+        (None, "The data cannot be read: "),
     ],
 )
 def test_damaged_records_are_one_line(fails, here, records, damage, says):
@@ -546,6 +546,16 @@ def test_a_source_that_is_none(here, text, says, model):
     (here / "own_data.py").write_text(FUNCTIONS)
     with pytest.raises(CommandError, match=says):
         open_(text, model)
+
+
+def test_what_a_function_prints_is_no_part_of_the_json(run, here):
+    (here / "chatty_data.py").write_text(
+        FUNCTIONS
+        + "print('imported')\ndef make():\n    print('called')\n    return x\n"
+    )
+    ran = run("inspect", "model.keras", "--data", "chatty_data:make", "--json")
+    assert json.loads(ran.out)["model"] == "model.keras"
+    assert ran.err == "imported\ncalled\n"
 
 
 def test_an_endless_dataset_needs_steps(run, fails, here):
