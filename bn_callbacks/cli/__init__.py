@@ -1,5 +1,6 @@
 """The command line, `bn-callbacks`."""
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # What is wrong with a path shows before TensorFlow's seconds of import.
         check_paths(options)
-        with _one_line_warnings():
+        options.out = sys.stdout
+        with _one_line_warnings(), _quiet_stdout(options):
             _import_tensorflow(options.debug)
             command = importlib.import_module(f"{__name__}.{options.command}")
             status: int = command.run(options)
@@ -48,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"bn-callbacks: {message}", file=sys.stderr)
     return status
+
+
+def _quiet_stdout(options: argparse.Namespace) -> Any:
+    """With `--json`, sends what others print, such as the user's modules, to stderr."""
+    if getattr(options, "json", False):
+        return contextlib.redirect_stdout(sys.stderr)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         )
     findings = find_faults(layers, report)
     if options.json:
-        print(_as_json(options.model, layers, report, findings))
+        print(_as_json(options.model, layers, report, findings), file=options.out)
     else:
         print(_as_text(options.model, layers, report, findings))
     return 1 if findings else 0

@@ -79,7 +79,7 @@ def say_result(
         if not report.committed:
             facts = dict.fromkeys(facts)
         content = {"model": options.model, **as_dict(report), **facts}
-        print(json.dumps(plain(content), indent=2))
+        print(json.dumps(plain(content), indent=2), file=options.out)
     elif report.committed:
         print(done)
     else:

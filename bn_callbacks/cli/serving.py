@@ -17,7 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.cli import served
-from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.data import Batch
 from bn_callbacks.layers import (
     compute_precision,
@@ -62,9 +62,20 @@ class Proof:
 
 
 def export_saved_model(model: keras.Model, path: Path) -> None:
-    """Writes a SavedModel, without the page that Keras prints about it."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        model.export(str(path))
+    """Writes a SavedModel, without the page that Keras prints about it.
+
+    Raises:
+        CommandError: Keras cannot make a graph of the model.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model.export(str(path))
+    except (OSError, tf.errors.OpError):
+        raise
+    except Exception as error:
+        raise CommandError(
+            f"Keras cannot export the model: {text_of(error)}. Nothing was left behind."
+        ) from error
 
 
 @dataclass(frozen=True)

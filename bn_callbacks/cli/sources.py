@@ -50,9 +50,8 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
     # Of a sequential model Keras keeps no names of outputs.
     outputs = list(getattr(model, "output_names", None) or [])
     path, batch_size = Path(text), options.batch_size
-    if options.features is not None:
-        records = read_records(text, options.features, layout, outputs)
-        return Data(records.batch(batch_size or BATCH_SIZE))
+    is_records = ".tfrec" in path.name or any(path.glob("*.tfrec*"))
+    named = None if path.exists() else _FUNCTION.fullmatch(text)
     if path.is_file() and path.suffix in (".npz", ".npy"):
         x, unused = read_arrays(path, layout, outputs)
         if unused:
@@ -66,18 +65,19 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
                 f"{path} is damaged: {text_of(error)}. Save it again."
             ) from error
         return Data(_in_batches(saved, layout, batch_size))
-    is_records = ".tfrec" in path.name or any(path.glob("*.tfrec*"))
     if path.is_dir() and not is_records:
         images, note = read_images(path, model, layout, batch_size or BATCH_SIZE)
         if note:
             _say(note)
         return Data(images)
-    named = _FUNCTION.fullmatch(text)
-    if named and not path.exists():
+    if named:
         x = _call(*named.groups())
         if isinstance(x, tf.data.Dataset):
             return Data(_in_batches(x, layout, batch_size))
         return Data(x, batch_size)
+    if options.features is not None:
+        records = read_records(text, options.features, layout, outputs)
+        return Data(records.batch(batch_size or BATCH_SIZE))
     if is_records:
         raise CommandError(
             f"{text} looks like TFRecord files: --features SPEC.json has to say what "

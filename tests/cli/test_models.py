@@ -7,6 +7,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from bn_callbacks.cli import models
 from bn_callbacks.cli.errors import LONGEST, CommandError, one_line, text_of
@@ -194,7 +195,15 @@ def test_an_unexpected_error_names_its_kind_and_asks_for_debug():
     assert one_line(ZeroDivisionError("by zero")) == (
         "ZeroDivisionError: by zero. Run it again with --debug for a traceback."
     )
-    assert one_line(MemoryError()).startswith("MemoryError. Run it again")
+    assert one_line(KeyError()).startswith("KeyError. Run it again")
+
+
+def test_common_errors_say_what_to_do():
+    assert one_line(MemoryError()) == "Out of memory. Pass a smaller --batch-size."
+    exhausted = tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+    assert one_line(exhausted) == (
+        "Out of memory: OOM when allocating. Pass a smaller --batch-size."
+    )
 
 
 def test_graphs_of_tensorflow_are_left_out_of_an_error():

@@ -362,6 +362,14 @@ def test_records_are_a_file_a_pattern_or_a_directory(records, name, values, mode
     assert (x.shape[1], y.shape) == (4, (len(values), 1))
 
 
+def test_other_data_beside_records_are_no_records(records, here, model):
+    spec = str(records / "spec.json")
+    assert batches(here / "val.npz", model, features=spec)[0][0].shape == (32, 4)
+    (records / "any.name").write_bytes((records / "part-0.tfrecord").read_bytes())
+    ((x, _, _),) = batches(records / "any.name", model, features=spec)
+    assert x.shape == (3, 4)
+
+
 def test_compressed_records(records, model):
     content = (records / "part-0.tfrecord").read_bytes()
     (records / "p.tfrecord.gz").write_bytes(gzip.compress(content))
@@ -467,9 +475,9 @@ def test_records_need_a_specification(records, model):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: content[:20], "truncated record"),
+        (lambda content: content[:20], "The data are damaged: truncated record"),
         (lambda content: content.replace(b"target", b"tarGet"), "corrupted record"),
-        (None, "target"),
+        (None, "The data cannot be read: "),
     ],
 )
 def test_damaged_records_are_one_line(fails, here, records, damage, says):
@@ -538,6 +546,16 @@ def test_a_source_that_is_none(here, text, says, model):
     (here / "own_data.py").write_text(FUNCTIONS)
     with pytest.raises(CommandError, match=says):
         open_(text, model)
+
+
+def test_what_a_function_prints_is_no_part_of_the_json(run, here):
+    (here / "chatty_data.py").write_text(
+        FUNCTIONS
+        + "print('imported')\ndef make():\n    print('called')\n    return x\n"
+    )
+    ran = run("inspect", "model.keras", "--data", "chatty_data:make", "--json")
+    assert json.loads(ran.out)["model"] == "model.keras"
+    assert ran.err == "imported\ncalled\n"
 
 
 def test_an_endless_dataset_needs_steps(run, fails, here):
