@@ -18,8 +18,7 @@ def squares_minus_square(batches):
     """E[x²] − E[x]² in float32, combined as running means."""
     mean = square = np.float32(0)
     seen = 0
-    for batch in batches:
-        batch = batch.astype(np.float32)
+    for batch in (each.astype(np.float32) for each in batches):
         seen += len(batch)
         share = np.float32(len(batch) / seen)
         center, spread = batch.mean(), batch.var()
@@ -49,7 +48,7 @@ def inverted_average(batch_means):
 
 
 def show(name, value, truth):
-    print(f"{name:58}{value:12.4g}   truth {truth:.4g}")
+    print(f"{name:46}{value:12.4g}   truth {truth:.4g}")
 
 
 far = [rng.normal(1e4, 1, 256) for _ in range(20)]
@@ -59,26 +58,26 @@ show("mean 1e4, σ 1: pooled", pooled(far), truth)
 
 groups = [rng.normal(center, 1, 64) for center in rng.normal(0, 5, 200)]
 truth = float(np.concatenate(groups).var())
-show("groups of σ 1 around centres of σ 5: mean of variances", mean_of_variances(groups), truth)
-show("groups of σ 1 around centres of σ 5: pooled", pooled(groups), truth)
+show("groups of σ 1, centres of σ 5: mean", mean_of_variances(groups), truth)
+show("groups of σ 1, centres of σ 5: pooled", pooled(groups), truth)
 
 pairs = list(rng.normal(0, 1, (4000, 2)))
 truth = float(np.concatenate(pairs).var())
-show("batches of 2: mean of biased variances", mean_of_variances(pairs), truth)
-show("batches of 2: mean of unbiased variances", mean_of_variances(pairs, ddof=1), truth)
+show("batches of 2: mean, biased", mean_of_variances(pairs), truth)
+show("batches of 2: mean, unbiased", mean_of_variances(pairs, ddof=1), truth)
 show("batches of 2: pooled", pooled(pairs), truth)
 
 uneven = [*rng.normal(0, 1, (9, 1000)), rng.normal(0, 10, 10)]
 truth = float(np.concatenate(uneven).var())
-show("a last batch of 10 with σ 10: every batch weighs the same", mean_of_variances(uneven), truth)
-show("a last batch of 10 with σ 10: pooled", pooled(uneven), truth)
+show("last batch of 10, σ 10: mean", mean_of_variances(uneven), truth)
+show("last batch of 10, σ 10: pooled", pooled(uneven), truth)
 
 ramp = np.arange(1.0, 101.0)
-show("means 1 to 100: 1/(k + 1) given to the old value", inverted_average(ramp), ramp.mean())
+show("means 1 to 100: old value weighs 1/(k + 1)", inverted_average(ramp), ramp.mean())
 
-half = rng.normal(3, 1, (50, 64)).mean(axis=1)
-show("50 batches, divided by the 100 asked for", half.sum() / 100, half.mean())
+means = rng.normal(3, 1, (50, 64)).mean(axis=1)
+show("50 batches, divided by 100", means.sum() / 100, means.mean())
 
 for steps in (16, 100):
     share = start_weight(0.99, steps)
-    show(f"one epoch of {steps} steps, momentum 0.99: weight of 0 and 1", share, 0)
+    show(f"{steps} steps, momentum 0.99: weight of 0 and 1", share, 0)

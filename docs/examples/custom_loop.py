@@ -47,7 +47,8 @@ def train_step(x, y):
         # Without `training=True` BatchNormalization would be off.
         loss = model.compute_loss(x, y, model(x, training=True))
     variables = model.trainable_variables
-    model.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+    gradients = tape.gradient(loss, variables)
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     return loss
 
 

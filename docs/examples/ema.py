@@ -4,8 +4,8 @@
     python docs/examples/ema.py
 
 An optimizer with `use_ema=True` keeps a moving average of the weights and puts it into
-the model when `fit` ends. The moving statistics of BatchNormalization were collected with
-the weights of the last steps, and stay. The same training is run with and without
+the model when `fit` ends. The moving statistics of BatchNormalization were collected
+with the weights of the last steps, and stay. The same training is run with and without
 `RecalibrateBatchNorm`, whose default moment is right: after the exchange.
 """
 

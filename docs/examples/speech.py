@@ -56,13 +56,16 @@ def read(directory, limit):
     """Samples of the WAV files under a directory, at most `limit` of them."""
     found = []
     for path in sorted(directory.rglob("*.wav")):
-        with wave.open(str(path)) as file:
-            if file.getsampwidth() != 2:
-                continue
-            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-            samples = samples.reshape(-1, file.getnchannels()).mean(axis=1)
-        if len(samples) >= FFT + CONTEXT * HOP and samples.any():
-            found.append(samples / 32768)
+        try:
+            with wave.open(str(path)) as file:
+                channels, width = file.getnchannels(), file.getsampwidth()
+                content = file.readframes(file.getnframes())
+        except (wave.Error, EOFError):
+            continue
+        if width == 2:
+            samples = np.frombuffer(content, "<i2").reshape(-1, channels).mean(axis=1)
+            if len(samples) >= FFT + CONTEXT * HOP and samples.any():
+                found.append(samples / 32768)
     if len(found) < 10:
         sys.exit(
             f"At least 10 WAV files of 16 bit PCM are needed. Received: {len(found)} "

@@ -57,27 +57,25 @@ def why():
     model.add(keras.layers.Dense(10, activation="softmax"))
     model.compile("adam", "sparse_categorical_crossentropy")
 
-    class Losses(keras.callbacks.Callback):
-        repaired = []
+    repaired = []
 
-        def on_epoch_end(self, epoch, logs=None):
-            with bn.recalibrated(self.model, x_train, batch_size=64, verbose=0):
-                self.repaired.append(self.model.evaluate(x_val, y_val, verbose=0))
+    def measure(epoch, logs):
+        with bn.recalibrated(model, x_train, batch_size=64, verbose=0):
+            repaired.append(model.evaluate(x_val, y_val, verbose=0))
 
-    losses = Losses()
     history = model.fit(
         x_train,
         y_train,
         batch_size=64,
         epochs=15,
         validation_data=(x_val, y_val),
-        callbacks=[losses],
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=measure)],
         verbose=0,
     ).history
     figure, axes = plt.subplots()
     epochs = np.arange(1, 16)
     axes.plot(epochs, history["val_loss"], "o-", color=ORANGE, ms=3)
-    axes.plot(epochs, losses.repaired, "o-", color=GREEN, ms=3)
+    axes.plot(epochs, repaired, "o-", color=GREEN, ms=3)
     axes.plot(epochs, history["loss"], "--", color=GREY)
     axes.set(yscale="log", xlabel="epoch of 20 steps", ylabel="loss", xlim=(0.5, 22))
     axes.set_xticks(range(1, 16, 2))
@@ -85,7 +83,7 @@ def why():
         "validation, as fit shows it", (15.3, history["val_loss"][-1]), va="bottom"
     )
     axes.annotate(
-        "validation, statistics\nrecalibrated", (15.3, losses.repaired[-1]), va="top"
+        "validation, statistics\nrecalibrated", (15.3, repaired[-1]), va="top"
     )
     axes.annotate("training", (15.3, history["loss"][-1]), va="center")
     return figure
@@ -190,10 +188,12 @@ def passes():
     inside = keras.Model(inputs, seen)
     norms = [model.get_layer(f"bn_{number}") for number in range(1, 6)]
     figure, axes = plt.subplots()
-    for count, colour in zip(range(1, 6), plt.cm.viridis(np.linspace(0, 0.9, 5))):
+    for count, colour in zip(
+        range(1, 6), plt.cm.viridis(np.linspace(0, 0.9, 5)), strict=True
+    ):
         with bn.recalibrated(model, x, refine=count - 1, verbose=0):
             rest = []
-            for norm, values in zip(norms, inside.predict(x, verbose=0)):
+            for norm, values in zip(norms, inside.predict(x, verbose=0), strict=True):
                 rows = values.astype("float64")
                 truth = Statistics(rows.mean(axis=0), rows.var(axis=0))
                 stored = Statistics(
