@@ -98,6 +98,9 @@ def advise(seen: Evidence, figures: Figures, cause: str, momentum: float | None)
 def _scatter(seen: Evidence, figures: Figures) -> str:
     if figures.design_effect is None or seen.batch_size is None:
         return ""
+    if figures.design_effect < 2:
+        # Another layer proved it; this one's figure would belie the finding.
+        return ""
     return (
         f": their means vary {figures.design_effect:.0f} times as much as those of "
         f"shuffled batches of {seen.batch_size:.0f}"
