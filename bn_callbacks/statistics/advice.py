@@ -120,8 +120,9 @@ _PLAIN_ADVICE = {
     ),
     UNEXPECTED_UPDATE: (
         "The layer was meant to keep its statistics, yet training changes them: "
-        "`trainable` counts only after `compile`, and in `fit` a functional model "
-        "overrides `training=False`. Set `layer.trainable = False`, then `compile`."
+        "`trainable` is sure to count only after `compile`, and in `fit` a functional "
+        "model overrides `training=False`. Set `layer.trainable = False`, then "
+        "`compile`."
     ),
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "
