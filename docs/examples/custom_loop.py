@@ -73,8 +73,8 @@ with warnings.catch_warnings(record=True) as caught:
         # The validation loss as it would be with the right statistics.
         with bn.recalibrated(model, x_train, verbose=0):
             logs["val_loss_recalibrated"] = validation_loss()
-        callbacks.on_epoch_end(epoch, logs)
         print(" ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+        callbacks.on_epoch_end(epoch, logs)
     callbacks.on_train_end(logs)
 for warning in caught:
     print(f"\n{warning.message}")
