@@ -89,23 +89,23 @@ class BatchNormMonitor(keras.callbacks.Callback):
         ValueError: An argument is none of those above.
         BatchNormLagWarning: In `fit`, with `on_lag="raise"`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> monitor = BatchNormMonitor(on_lag="ignore")
-    >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
-    >>> monitor.report.worst.cause
-    'warming_up'
-    >>> "bn_lag" in history.history
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> monitor = BatchNormMonitor(on_lag="ignore")
+        >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+        >>> monitor.report.worst.cause
+        'warming_up'
+        >>> "bn_lag" in history.history
+        True
     """
 
     def __init__(

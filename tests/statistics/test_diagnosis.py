@@ -209,6 +209,14 @@ def test_bad_batches_have_advice_without_their_figures():
         assert advise(seen, measure(seen), cause, None)
 
 
+def test_advice_quotes_no_scatter_that_belies_it():
+    quiet = replace(HEALTHY, windows=random_windows(0.0001))
+    verdict = diagnose(quiet, causes.CORRELATED_BATCHES)
+    assert verdict.design_effect < 2
+    assert "times as much" not in verdict.advice
+    assert "Batches are no random sample. Shuffle" in verdict.advice
+
+
 def test_a_gap_that_no_layer_explains_means_replaced_weights():
     gap = replace(HEALTHY, loss_gap=5.0)
     frozen = replace(gap, trainable=False, is_still=True)
