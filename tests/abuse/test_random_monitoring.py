@@ -71,7 +71,8 @@ def check_monitor(net: Net) -> None:
             continue
         calls = bn.calls
         assert len(batches) == calls * EPOCHS * -(-net.samples // net.batch_size)
-        begin = 0
+        # The oldest windows are forgotten.
+        begin = len(batches) - calls * sum(window.steps for window in windows._kept)
         for window in windows._kept:
             assert window.is_valid[index]
             updates = window.steps * calls
