@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from models import KERAS, batch_norms, dtype_policy, layers, scatter
 
@@ -22,6 +22,8 @@ def examples(count: int) -> settings:
         deadline=None,
         derandomize=True,
         database=None,
+        # Shrinking would take minutes: each example builds and traces a model.
+        phases=[Phase.generate],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 

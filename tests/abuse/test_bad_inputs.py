@@ -41,7 +41,7 @@ def fuzz(few: int) -> Callable[[Any], Any]:
             deadline=None,
             derandomize=True,
             database=None,
-            phases=[Phase.generate, Phase.shrink],
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )(pytest.mark.slow(test) if is_long else test)
 

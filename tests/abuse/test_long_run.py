@@ -90,7 +90,7 @@ def check(seen: list[tuple[dict[str, int], float]], megabytes: float) -> None:
 
 
 def test_nothing_grows_in_short_fits(tmp_path: Path) -> None:
-    check(run(tmp_path, fits=4, steps=80), megabytes=30)
+    check(run(tmp_path, fits=3, steps=40), megabytes=30)
 
 
 @pytest.mark.slow

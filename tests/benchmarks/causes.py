@@ -92,7 +92,7 @@ def print_summary(title: str, results: Results) -> None:
 PAGE = """\
 The monitor watches the cases of `tests/causes`: small models on real or made data, each
 with one known problem or with none. The rules were tuned on a part of them; the others
-were held back. A cause is *right* if the monitor names it, a *false alarm* any cause that
+were held back. It is *right* if it names the cause; a *false alarm* is any cause that
 it names in a case without a problem.
 
 {summary}

@@ -44,9 +44,9 @@ each layer (median relative error of the fit in brackets):
 
 ### A recalibration
 
-Seconds of a whole `recalibrate`, tracing included, with so many times the data, layers or
-passes: medians over {repeats}. The base are {base}. Where the cost is linear the increase
-doubles from column to column.
+Seconds of a whole `recalibrate`, tracing included, with so many times the data, layers
+or passes: medians over {repeats}. The base are {base}. Where the cost is linear, the
+increase doubles from column to column.
 
 {recalibration}
 """

@@ -1,0 +1,48 @@
+"""The benchmarks run, and write their sections into one page."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from page import HEAD, PATH, SECTIONS, replaced
+
+HERE = Path(__file__).parent
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"^<!-- section (\w+) -->$", page, re.MULTILINE)
+
+
+def test_a_section_is_put_where_it_belongs() -> None:
+    page = replaced("", "causes", "last\n")
+    page = replaced(page, "overhead", "first\n")
+    assert titles(page) == ["overhead", "causes"]
+    assert page.startswith(HEAD)
+
+
+def test_a_section_is_exchanged_and_the_others_stay() -> None:
+    page = replaced(replaced("", "causes", "old\n"), "growth", "stays\n")
+    page = replaced(page, "causes", "new\n")
+    assert "old" not in page
+    assert page.count("stays") == page.count("new") == 1
+    assert replaced(page, "causes", "new\n") == page
+
+
+def test_the_page_in_the_docs_is_one_of_ours() -> None:
+    page = PATH.read_text("utf-8")
+    assert page.startswith(HEAD)
+    assert set(titles(page)) <= set(SECTIONS)
+
+
+@pytest.mark.slow
+def test_all_of_it_runs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    subprocess.run(
+        [sys.executable, str(HERE / "run.py"), "--quick", "--markdown", str(page)],
+        check=True,
+        capture_output=True,
+        timeout=900,
+    )
+    assert titles(page.read_text("utf-8")) == list(SECTIONS)
