@@ -5,11 +5,15 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bn_callbacks.pictures import draw_before_and_after, draw_lags
 from bn_callbacks.statistics.causes import HEALTHY
 from bn_callbacks.statistics.diagnosis import diagnose_model
 from bn_callbacks.statistics.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class BatchNormWarning(UserWarning):
@@ -54,6 +58,8 @@ class LayerReport:
         batch_noise: Standard deviation of one batch's statistics that sampling
             causes, in standard deviations of the input.
         batch_variation: Coefficient of variation of the batches' variances.
+        disagreement: Largest lag of a replica's moving statistics behind those of
+            all replicas; None without several of them.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
     """
 
@@ -70,6 +76,7 @@ class LayerReport:
     design_effect: float | None = None
     batch_noise: float | None = None
     batch_variation: float | None = None
+    disagreement: float | None = None
     advice: str = ""
 
 
@@ -156,6 +163,44 @@ class BatchNormReport:
         result: dict[str, Any] = plain(values)
         return result
 
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the lag of each layer as a bar, with the noise floor marked.
+
+        Needs matplotlib: `pip install "bn-callbacks[plot]"`. A bar has the colour of
+        the layer's cause. Where there is no room for all names, layers that are not
+        healthy come first.
+
+        Args:
+            ax: Where to draw; in a new figure by default.
+
+        Returns:
+            The axes. `ax.figure.savefig("lag.png")` saves them.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+        >>> report = BatchNormReport((LayerReport("bn", "drifting", lag=0.5),))
+        >>> report.plot().get_title(loc="left")
+        '1 of 1 BatchNormalization layers not healthy'
+        """
+        return draw_lags(
+            [layer.path for layer in self.layers],
+            [layer.lag for layer in self.layers],
+            [layer.noise for layer in self.layers],
+            [layer.cause for layer in self.layers],
+            quiet=HEALTHY,
+            title=self.headline,
+            axes=ax,
+        )
+
+    @property
+    def headline(self) -> str:
+        """How many layers are healthy, in a line."""
+        total, sick = len(self.layers), len(self.lagging)
+        verdict = "not healthy" if sick else "healthy"
+        return f"{sick or total} of {total} BatchNormalization layers {verdict}"
+
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
@@ -163,13 +208,8 @@ class BatchNormReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        def row(tag: str, cells: Sequence[str]) -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
-
-        body = "".join(row("td", cells) for cells in self._rows())
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table>{row('th', list(_COLUMNS))}{body}</table>{notes}"
+        return _html_table(list(_COLUMNS), self._rows()) + notes
 
     def _rows(self) -> list[list[str]]:
         return [[cell(layer) for cell in _COLUMNS.values()] for layer in self.layers]
@@ -207,6 +247,8 @@ class RecalibrationReport:
         unreached: Paths of layers that the data never reached; they keep what
             they had.
         skipped: Paths of layers left alone, since `fit` would not update them.
+        residuals: What `residual` is the largest of, for each of `before.layers`;
+            `None` where no pass has measured it.
     """
 
     before: BatchNormReport
@@ -219,18 +261,59 @@ class RecalibrationReport:
     loss_after: float | None = None
     unreached: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    residuals: tuple[float | None, ...] = ()
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
         """Gives the layers the statistics back that they had before, bit for bit."""
         self._undo()
 
-    def __str__(self) -> str:
+    def before_and_after(self) -> list[tuple[LayerReport, float | None]]:
+        """Each layer as it was, and the lag that is left of it, `None` if unknown."""
+        after = self.residuals or [None] * len(self.before.layers)
+        return list(zip(self.before.layers, after, strict=True))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the lag of each layer before, as a bar, and after, as a mark.
+
+        Needs matplotlib: `pip install "bn-callbacks[plot]"`. What is left after is
+        known only where a pass has measured it, so not with `refine=0`.
+
+        Args:
+            ax: Where to draw; in a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+        >>> before = BatchNormReport((LayerReport("bn", lag=0.5),))
+        >>> report = RecalibrationReport(before, 0.001, 64, 2, 2, committed=True)
+        >>> report.plot().get_xlabel()
+        'lag (standard deviations)'
+        """
+        pairs = self.before_and_after()
+        return draw_before_and_after(
+            [layer.path for layer, _ in pairs],
+            [layer.lag for layer, _ in pairs],
+            [after for _, after in pairs],
+            title=self.headline,
+            axes=ax,
+        )
+
+    @property
+    def headline(self) -> str:
+        """What has been done, in a line."""
         count = len(self.before.layers) - len(self.unreached)
         layers = f"{count} BatchNormalization layer{'s' * (count != 1)}"
         done = "Recalibrated" if self.committed else "Kept the old statistics of"
+        return f"{done} {layers}"
+
+    def __str__(self) -> str:
         text = (
-            f"{done} {layers} over {self.samples:,} samples "
+            f"{self.headline} over {self.samples:,} samples "
             f"({self.batches:,} batches, {self.passes} "
             f"pass{'es' * (self.passes != 1)}): lag {self.before.max_lag:.3g} before"
         )
@@ -245,6 +328,14 @@ class RecalibrationReport:
             if paths:
                 text += f"; left alone, {reason}: {', '.join(paths)}"
         return text + "."
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [layer.path, _number(layer.lag), _number(left)]
+            for layer, left in self.before_and_after()
+        ]
+        table = _html_table(["layer", "lag before", "lag after"], rows)
+        return f"<p>{html.escape(str(self))}</p>{table}"
 
 
 def _lag(layer: LayerReport) -> float:
@@ -274,6 +365,14 @@ def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    return f"<table>{row('th', head)}{''.join(row('td', r) for r in rows)}</table>"
 
 
 def plain(value: Any) -> Any:

@@ -8,8 +8,17 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
+from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
+from bn_callbacks.distribution import Team
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
@@ -19,19 +28,26 @@ from bn_callbacks.layers import (
     find,
     is_built,
     iterations,
+    strategy,
 )
 from bn_callbacks.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
-from bn_callbacks.tensorboard import ReportWriter
+from bn_callbacks.tensorboard import MAX_CHARTS, ReportWriter
 from bn_callbacks.windows import Windows
 
 MAX_INTERVAL = 100
 MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
 WINDOWS_PER_EPOCH = 5
+
+WRITING_SHARE = 0.01
+"""Share of the time that writing between the epochs' ends takes with `"auto"`."""
+
+WRITING_COST = 2e-3
+"""Seconds that writing takes for each layer: a guess, until it has been timed."""
 
 
 class BatchNormMonitor(keras.callbacks.Callback):
@@ -48,11 +64,13 @@ class BatchNormMonitor(keras.callbacks.Callback):
     use these logs, and before those that write statistics.
 
     Args:
-        log_dir: Directory for TensorBoard scalars; nothing is written without it.
+        log_dir: Directory for TensorBoard's files; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`.
-        update_freq: How often to write scalars besides each epoch's end: `"auto"`,
-            `"batch"`, or a number of batches. The averages are read at least as often
+            of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
+            `pip install "bn-callbacks[plot]"`.
+        update_freq: How often to write charts besides each epoch's end: `"auto"`, as
+            often as takes one percent of the time; `"batch"`, or a number of
+            batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
@@ -61,6 +79,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             statistics; the gap decides whether anything is wrong at all.
         layers: Which layers, as `recalibrate` takes them; all by default.
         verbose: 1 prints the report at each epoch's end.
+        max_charts: Layers that get charts of their own in TensorBoard, at most: those
+            that lag most. The others are in the summary and in the heat map.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
@@ -69,23 +89,23 @@ class BatchNormMonitor(keras.callbacks.Callback):
         ValueError: An argument is none of those above.
         BatchNormLagWarning: In `fit`, with `on_lag="raise"`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> monitor = BatchNormMonitor(on_lag="ignore")
-    >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
-    >>> monitor.report.worst.cause
-    'warming_up'
-    >>> "bn_lag" in history.history
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> monitor = BatchNormMonitor(on_lag="ignore")
+        >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+        >>> monitor.report.worst.cause
+        'warming_up'
+        >>> "bn_lag" in history.history
+        True
     """
 
     def __init__(
@@ -97,23 +117,28 @@ class BatchNormMonitor(keras.callbacks.Callback):
         probe: Any = None,
         layers: LayerSelection = None,
         verbose: int = 0,
+        max_charts: int = MAX_CHARTS,
     ) -> None:
         super().__init__()
-        is_number = isinstance(update_freq, int) and update_freq >= 1
-        if update_freq not in ("auto", "batch") and not is_number:
+        if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
+            raise ValueError(
+                "`log_dir` must be the path of a directory or None. Received: "
+                f"log_dir={shown(log_dir)}."
+            )
+        if not (is_word(update_freq, "auto", "batch") or is_whole(update_freq, 1)):
             raise ValueError(
                 "`update_freq` must be 'auto', 'batch' or a positive number of "
-                f"batches. Received: update_freq={update_freq!r}."
+                f"batches. Received: update_freq={shown(update_freq)}."
             )
-        if on_lag not in ("warn", "raise", "ignore"):
+        if not is_word(on_lag, "warn", "raise", "ignore"):
             raise ValueError(
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
-                f"on_lag={on_lag!r}."
+                f"on_lag={shown(on_lag)}."
             )
-        if not (isinstance(threshold, (int, float)) and threshold > 0):
+        if not is_positive(threshold):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
-                f"Received: threshold={threshold!r}."
+                f"Received: threshold={shown(threshold)}."
             )
         if probe is not None and not (
             isinstance(probe, tuple) and len(probe) in (2, 3)
@@ -121,6 +146,12 @@ class BatchNormMonitor(keras.callbacks.Callback):
             raise ValueError(
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
+            )
+        check_verbose(verbose)
+        if not is_whole(max_charts, 0):
+            raise ValueError(
+                "`max_charts` must be a number of layers, 0 or more. Received: "
+                f"max_charts={shown(max_charts)}."
             )
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
@@ -130,6 +161,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self.probe = probe
         self.layers = layers
         self.verbose = verbose
+        self.max_charts = max_charts
         self.report: BatchNormReport | None = None
         self._is_fitting = False
 
@@ -140,6 +172,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
+        self._gap: float | None = None
         self._findings: Findings | None = None
         self._counter = StepCounter(self.model, self.params)
         self._first_epoch: int | None = None
@@ -147,7 +180,15 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._epochs_done = 0
         self._read_at: int | None = None
         self._written_at = 0
-        self._writer = ReportWriter(self.log_dir) if self.log_dir else None
+        self._is_chief = Team(strategy(self.model)).is_chief
+        self._writer: ReportWriter | None = None
+        if self.log_dir and self._is_chief:
+            self._writer = ReportWriter(
+                self.log_dir,
+                int(self.max_charts),
+                self.threshold,
+                iterations(self.model),
+            )
         if is_built(self.model):
             self._start()
 
@@ -175,10 +216,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.rebase())
             self._read_at = self._written_at = done
             return
-        is_writing = (
-            self._writer is not None and done - self._written_at >= self._frequency
+        # Workers must read at the same steps, whether they write or not.
+        is_due = self.log_dir is not None and (
+            done - self._written_at >= self._frequency
         )
-        if is_writing or done - self._read_at >= self._interval:
+        if is_due or done - self._read_at >= self._interval:
             reading = self._windows.read()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
@@ -186,9 +228,15 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._read_at = done
         elif self._counter.needs_reading:
             self._counter.observe(*self._windows.read())
-        if is_writing and self._writer is not None:
+        if is_due:
             self._written_at = done
-            self._writer.write(self._make_report(), iterations(self.model))
+            if self._writer is not None and self._may_write():
+                with self._budget.spend():
+                    report = self._make_report()
+                    self._writer.write(report, iterations(self.model), self._evidence)
+
+    def _may_write(self) -> bool:
+        return self.update_freq != "auto" or self._budget.allows()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -201,28 +249,36 @@ class BatchNormMonitor(keras.callbacks.Callback):
             return
         self._end_epoch()
         self.report = report = self._make_report(self._losses())
+        # Holds until the probe is measured again.
+        self._gap = report.loss_gap
         if logs is not None:
             logs["bn_lag"] = report.max_lag
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
-            self._writer.write(report, iterations(self.model))
-        if self.verbose:
+            with self._budget.spend():
+                self._writer.write(
+                    report, iterations(self.model), self._evidence, ends_epoch=True
+                )
+        if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        self._close()
         if self._windows is None or self.report is None:
+            self._close()
             return
-        if not self._windows.is_untouched():
-            # Restored or corrected: the report is about something that is gone.
-            return
-        if self._fingerprint() != self._weights:
+        # If restored or corrected, the report is about something that is gone.
+        is_valid = self._windows.is_untouched()
+        if is_valid and self._fingerprint() != self._weights:
             # By the optimizer's averages, for one.
             self.report = self._make_report(self._losses(), are_weights_replaced=True)
-        self._tell(self.report, 0)
+        if self._writer is not None:
+            self._writer.conclude(self.report, iterations(self.model))
+        self._close()
+        if is_valid:
+            self._tell(self.report, 0)
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -247,10 +303,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             announced_steps(self.params),
         )
         self._frequency = (
-            int(self.update_freq)
-            if isinstance(self.update_freq, int)
-            else {"auto": self._interval, "batch": 1}[self.update_freq]
+            {"auto": self._interval, "batch": 1}[self.update_freq]
+            if isinstance(self.update_freq, str)
+            else int(self.update_freq)
         )
+        self._budget = Budget(WRITING_SHARE, WRITING_COST * len(layers))
         self._windows = Windows(self.model, layers, self._interval)
         self._layers = layers
         self._clues: tuple[str, ...] | None = None
@@ -298,7 +355,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def _make_report(
         self,
-        losses: tuple[float | None, float | None] = (None, None),
+        losses: tuple[float | None, float | None] | None = None,
         are_weights_replaced: bool = False,
     ) -> BatchNormReport:
         assert self._windows is not None
@@ -310,18 +367,18 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 total_steps=self._total_steps(),
                 is_recalibrated=company(self.model).recalibrates,
             )
-        report = BatchNormReport((), *losses, clues=self._clues)
-        evidence = [
+        report = BatchNormReport((), *(losses or (None, None)), clues=self._clues)
+        self._evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
-                batch_size=self._examples.batch_size,
+                batch_size=self._examples.batch_size_of(self._layers[index]),
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
-                loss_gap=report.loss_gap,
+                loss_gap=report.loss_gap if losses else self._gap,
             )
             for index in range(len(self._windows.layers))
         ]
-        return dataclasses.replace(report, layers=layer_reports(evidence))
+        return dataclasses.replace(report, layers=layer_reports(self._evidence))
 
     def _tell(self, report: BatchNormReport, steps_left: int | None) -> None:
         if self._findings is None or self.on_lag == "ignore":
@@ -333,7 +390,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if self.on_lag == "raise":
                 self._close()
                 raise BatchNormLagWarning(message)
-            warnings.warn(message, BatchNormLagWarning, stacklevel=2)
+            if self._is_chief:
+                warnings.warn(message, BatchNormLagWarning, stacklevel=2)
 
 
 def _without(report: BatchNormReport, cause: str) -> BatchNormReport:
