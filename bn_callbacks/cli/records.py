@@ -85,7 +85,8 @@ def read_records(
     Args:
         pattern: A file, a directory of files, or a pattern such as `train-*.tfrecord`;
             files whose names end in `.gz` are decompressed.
-        spec: A JSON file with the `inputs` and `targets` of an example.
+        spec: A JSON file with the `inputs` and `targets` of an example, or with its
+            features, if their names tell which is which as those of arrays do.
         layout: What the model takes.
         outputs: Names of the model's outputs.
 
@@ -93,20 +94,23 @@ def read_records(
         CommandError: There are no files, or the specification is not as it should be.
     """
     files = _files(pattern)
-    inputs, targets = _read_spec(Path(spec))
-    features = {feature.name: feature for feature in (*inputs, *targets)}
+    features, inputs, targets = _read_spec(Path(spec))
     stored = {name: feature.stored for name, feature in features.items()}
     roles = {
         **_roles(inputs, "x", layout.names if layout else ()),
         **_roles(targets, "y", outputs),
-    }
-    names, unused = as_fit_takes_them(roles, layout, outputs)
+    } or {name: name for name in features}
+    try:
+        names, unused = as_fit_takes_them(roles, layout, outputs)
+    except CommandError:
+        unused = list(features)
     if unused:
         own = (layout.names if layout else ("x",), outputs or ("one target",))
         raise CommandError(
-            f"{spec} does not fit the model. Received: {len(inputs)} inputs and "
-            f"{len(targets)} targets. The model's inputs are {', '.join(own[0])}, its "
-            f"outputs {', '.join(own[1])}."
+            f"{spec} does not fit the model, or its inputs and targets cannot be told "
+            f"apart. Received: {', '.join(features)}. The model's inputs are "
+            f"{', '.join(own[0])}, its outputs {', '.join(own[1])}. Say which feature "
+            f"is which, as in {EXAMPLE}"
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -124,9 +128,8 @@ def read_records(
     return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def _roles(features: list[Feature], letter: str, own: Sequence[str]) -> dict[str, str]:
+def _roles(names: Sequence[str], letter: str, own: Sequence[str]) -> dict[str, str]:
     """Names that `as_fit_takes_them` knows -> names of features."""
-    names = [feature.name for feature in features]
     if set(names) == set(own):
         return {name: name for name in names}
     if len(names) == 1:
@@ -156,18 +159,23 @@ def _files(pattern: str) -> list[str]:
     return found
 
 
-def _read_spec(path: Path) -> tuple[list[Feature], list[Feature]]:
+def _read_spec(path: Path) -> tuple[dict[str, Feature], list[str], list[str]]:
+    """The features; and the names of inputs and of targets, where these are told."""
     try:
         spec = json.loads(path.read_text("utf-8"))
-        parts = [spec.pop("inputs"), spec.pop("targets", {})]
-        if spec or not parts[0]:
+        is_grouped = "shape" not in spec.get("inputs", {"shape": None})
+        parts = [spec.pop("inputs"), spec.pop("targets", {})] if is_grouped else [spec]
+        if (is_grouped and spec) or not parts[0]:
             raise ValueError("it needs inputs, may have targets, and nothing else")
-        inputs, targets = (
-            [Feature(name, feature) for name, feature in part.items()] for part in parts
-        )
+        features = {
+            name: Feature(name, feature)
+            for part in parts
+            for name, feature in part.items()
+        }
+        inputs, targets = map(list, parts) if is_grouped else ([], [])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CommandError(
             f"{path} is no specification of features: {error}. It looks like this: "
             f"{EXAMPLE}"
         ) from error
-    return inputs, targets
+    return features, inputs, targets

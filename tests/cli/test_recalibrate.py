@@ -351,6 +351,28 @@ def test_a_real_ctrl_c_leaves_nothing(untouched):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGINT of this kind")
+def test_a_real_ctrl_c_while_an_export_is_verified_leaves_nothing(untouched):
+    command = ["export", "model.keras", "--data", "train.npz", "--output", "a/1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bn_callbacks", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(untouched.glob("a/.*/*.pb")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    # As a terminal does: to the process that serves, too.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "bn-callbacks: interrupted, no output was written\n"
+
+
+@pytest.mark.slow
 def test_stderr_of_a_process_holds_the_error_alone(untouched):
     (untouched / "torn.keras").write_bytes(
         (untouched / "model.keras").read_bytes()[:-2000] + b"\0" * 2000

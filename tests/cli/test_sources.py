@@ -362,6 +362,20 @@ def test_records_are_a_file_a_pattern_or_a_directory(records, name, values, mode
     assert (x.shape[1], y.shape) == (4, (len(values), 1))
 
 
+def test_features_may_go_by_the_names_that_arrays_have(records, model):
+    feature = {"shape": [4], "dtype": "float32"}
+    for names in (("feat", "y"), ("x", "y"), ("inputs", None)):
+        for path in records.glob("*.tfrecord"):
+            path.unlink()
+        content = {name: [1.0] * 4 for name in names if name}
+        write_records(records / "p.tfrecord", [example(**content)])
+        spec = {name: feature for name in names if name}
+        (records / "spec.json").write_text(json.dumps(spec))
+        ((x, y, _),) = batches(records, model, features=str(records / "spec.json"))
+        assert x.shape == (1, 4)
+        assert (y is None) == (names[1] is None)
+
+
 def test_other_data_beside_records_are_no_records(records, here, model):
     spec = str(records / "spec.json")
     assert batches(here / "val.npz", model, features=spec)[0][0].shape == (32, 4)
@@ -438,7 +452,9 @@ IMAGE = {"shape": [2, 2, 3], "dtype": "uint8"}
     [
         ("{", "spec.json is no specification of features"),
         ("[]", "spec.json is no specification of features"),
-        ("{}", "is no specification of features: 'inputs'"),
+        ("{}", "is no specification of features: it needs inputs"),
+        ({"inputs": 3}, "is no specification of features"),
+        ({"u": IMAGE, "v": IMAGE}, "cannot be told apart. Received: u, v."),
         ({"inputs": {}}, "it needs inputs"),
         ({**SPEC, "labels": {}}, "nothing else"),
         ({"inputs": {"a": {"shape": [4]}}}, "The feature 'a' needs a shape"),
@@ -450,7 +466,10 @@ IMAGE = {"shape": [2, 2, 3], "dtype": "uint8"}
             {"inputs": {"a": {"shape": [4], "dtype": "uint8", "encoding": "image"}}},
             "'encoding': 'image'",
         ),
-        ({"inputs": {"a": IMAGE, "b": IMAGE}}, "2 inputs and 0 targets. The model's"),
+        (
+            {"inputs": {"a": IMAGE, "b": IMAGE}},
+            "Received: a, b. The model's inputs are feat",
+        ),
         ({**SPEC, "targets": {"a": IMAGE, "b": IMAGE}}, "outputs one target"),
     ],
 )
