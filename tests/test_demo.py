@@ -126,7 +126,7 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
             for event in events.Tensors(tag)
         ]
         for tag in events.Tags()["tensors"]
-        if tag.startswith(("bn/", "epoch_"))
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"
     }
 
 

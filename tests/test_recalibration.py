@@ -180,6 +180,8 @@ def test_refine_0_is_one_pass_and_has_no_residual() -> None:
     report = recalibrate(dense(), normal(70, 6), refine=0, verbose=0)
     assert (report.passes, report.residual) == (1, None)
     assert "after" not in str(report)
+    assert set(report.residuals) == {None}
+    assert len(report.residuals) == len(report.before.layers)
 
 
 @pytest.mark.parametrize("refine", [1, 2])
@@ -188,6 +190,10 @@ def test_a_number_of_passes_is_made_and_one_that_measures_the_rest(refine: int) 
     report = recalibrate(model, x, batch_size=16, refine=refine, verbose=0)
     assert report.passes == 1 + refine + 1
     assert report.residual == pytest.approx(residual(model, cut(x, 16)), rel=1e-3)
+    # Layer k is exact after k passes.
+    assert len(report.residuals) == 4
+    assert max(report.residuals[: refine + 1]) < 1e-5
+    assert max(report.residuals) == report.residual
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,33 @@ def test_a_recalibration_tells_what_it_kept_and_left_alone():
     assert "not updated in training: frozen" in text
 
 
+def test_the_headline_counts_the_layers():
+    assert recalibration().headline == "Recalibrated 2 BatchNormalization layers"
+    kept = recalibration(committed=False, unreached=("layer1",)).headline
+    assert kept == "Kept the old statistics of 1 BatchNormalization layer"
+    assert (
+        report_of(0.5, None).headline == "1 of 2 BatchNormalization layers not healthy"
+    )
+    assert report_of(None).headline == "1 of 1 BatchNormalization layers healthy"
+
+
+def test_before_and_after_are_paired_by_layer():
+    report = recalibration(residuals=(0.001, None))
+    assert [(layer.path, after) for layer, after in report.before_and_after()] == [
+        ("layer0", 0.001),
+        ("layer1", None),
+    ]
+    assert [after for _, after in recalibration().before_and_after()] == [None, None]
+
+
+def test_the_notebook_view_of_a_recalibration_shows_before_and_after():
+    before = BatchNormReport((LayerReport("<b>", lag=0.5),))
+    view = recalibration(before=before, residuals=(0.001,))._repr_html_()
+    assert "<tr><td>&lt;b&gt;</td><td>0.5</td><td>0.001</td></tr>" in view
+    assert "<th>lag after</th>" in view
+    assert "Recalibrated 1 BatchNormalization layer over 1,200 samples" in view
+
+
 def test_undo_calls_what_gives_the_statistics_back():
     calls = []
     recalibration(_undo=lambda: calls.append(1)).undo()

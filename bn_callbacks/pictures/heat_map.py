@@ -30,8 +30,8 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 COLOURS = "magma_r"
 UNKNOWN, NOT_FINITE = "#dddddd", "#00b0f0"
 DPI = 100
-PALETTE = 128
-"""Colours of the file."""
+SHADES = 192
+"""Colours of the scale in a file, whose palette has 256."""
 
 WIDTH = 5.0
 """Width of the map in inches, and its height at most; the labels are beside it."""
@@ -96,10 +96,10 @@ def _margin(labels: Sequence[str]) -> float:
 
 
 def to_png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
-    """Draws a figure into a PNG file of a quarter of the usual size.
+    """Draws a heat map into a PNG file of a quarter of the usual size.
 
     Args:
-        figure: Any figure with few colours, for the file has a palette.
+        figure: The heat map. The file has a palette with its colours, the same for all.
 
     Returns:
         The file, and the picture's width and height.
@@ -107,10 +107,21 @@ def to_png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
     canvas = matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
     canvas.draw()
     image = importlib.import_module("PIL.Image")
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    palette = image.new("P", (1, 1))
+    palette.putpalette(_palette())
+    pixels = image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     file = io.BytesIO()
-    image.fromarray(pixels).quantize(PALETTE).save(file, "PNG")
+    pixels.quantize(palette=palette, dither=image.Dither.NONE).save(file, "PNG")
     return file.getvalue(), canvas.get_width_height()
+
+
+def _palette() -> bytes:
+    scale = matplotlib("cm").ScalarMappable(cmap=COLOURS)
+    shades = scale.to_rgba(np.linspace(0, 1, SHADES), bytes=True)[:, :3]
+    others = matplotlib("colors").to_rgba_array([UNKNOWN, NOT_FINITE])[:, :3] * 255
+    # Letters have soft edges.
+    greys = np.linspace(0, 255, 256 - SHADES - len(others))[:, None].repeat(3, axis=1)
+    return np.concatenate([shades, others, greys]).round().astype(np.uint8).tobytes()
 
 
 def _draw_cells(

@@ -43,8 +43,8 @@ def main() -> None:
                 page.wait(script)
                 path = IMAGES / f"tensorboard_{tab}.png"
                 page.screenshot(path)
-                # A palette keeps the repository small.
-                Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+                # Keeps the repository small.
+                Image.open(path).convert("RGB").save(path, optimize=True)
                 print(path)
 
 

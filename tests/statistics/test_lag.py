@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bn_callbacks.statistics.lag import lag, mean_shift, scale_ratio
+from bn_callbacks.statistics.lag import channel_lags, lag, mean_shift, scale_ratio
 from bn_callbacks.statistics.moments import Moments, Statistics
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -48,6 +48,9 @@ def test_every_figure_is_its_formula(batch, moving, epsilon):
     ratio = sigma_b / sigma_m
     assert lag(batch, moving, epsilon) == pytest.approx(
         np.sqrt(np.mean(shift**2 + (ratio - 1) ** 2))
+    )
+    assert channel_lags(batch, moving, epsilon) == pytest.approx(
+        np.sqrt(shift**2 + (ratio - 1) ** 2)
     )
     assert mean_shift(batch, moving, epsilon) == pytest.approx(
         np.sqrt(np.mean(shift**2))
