@@ -8,6 +8,9 @@ import keras
 import numpy as np
 import pytest
 
+import bn_callbacks
+from bn_callbacks.statistics import causes
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # They train a model for each cause or recipe: more than a few seconds.
@@ -73,6 +76,23 @@ def prelude() -> dict:
 def test_snippets_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(document, prelude() if document.name == "README.md" else {})
+
+
+def test_every_public_name_is_in_the_api():
+    api = (ROOT / "docs/api.md").read_text("utf-8")
+    listed = re.findall(r"^::: bn_callbacks\.(\w+)$", api, re.MULTILINE)
+    assert sorted(listed) == sorted(bn_callbacks.__all__)
+
+
+def test_every_cause_has_a_section_with_an_example():
+    page = (ROOT / "docs/causes.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## `(\w+)`: (.*?)(?=^## )", page, re.S | re.M))
+    words = {value for name, value in vars(causes).items() if name.isupper()}
+    assert words - {causes.HEALTHY} <= set(sections)
+    for word in words - {causes.HEALTHY}:
+        assert "- **Symptom**" in sections[word]
+        assert "- **Remedy**" in sections[word]
+        assert re.search(rf"Likely\s+cause:\s+{word}\.", sections[word]), word
 
 
 def test_readme_and_guide_have_snippets():

@@ -60,6 +60,13 @@ def test_every_picture_of_the_guide_exists_and_has_a_script():
     assert shown == {path.stem for path in PICTURES.glob("*.svg")}
 
 
+def test_every_picture_of_the_readme_exists():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    pictures = re.findall(r"^!\[[^]]+\]\(([^)]+)\)", readme, re.MULTILINE)
+    assert pictures
+    assert [path for path in pictures if not (ROOT / path).is_file()] == []
+
+
 def test_arithmetic_shows_what_the_comparison_says(capsys):
     runpy.run_path(str(EXAMPLES / "arithmetic.py"))
     printed = capsys.readouterr().out
@@ -135,6 +142,18 @@ def test_custom_loop(tmp_path):
     assert "Likely cause: warming_up" in printed
     final = re.findall(r"^validation loss (\d\.\d+), loss gap", printed, re.MULTILINE)
     assert float(final[0]) == pytest.approx(epochs[-1][2], rel=0.01)
+
+
+@pytest.mark.slow
+def test_dropout(tmp_path):
+    printed = run(EXAMPLES / "dropout.py", directory=tmp_path)
+    models = (ROOT / "docs/models.md").read_text("utf-8")
+    table = models.split("<!-- dropout.py -->")[1].split("\n\n")[0]
+    for model, better, worse in (("regression", 2, 1), ("digits", 1, 2)):
+        losses = after(printed, f"{model} ")
+        assert losses == pytest.approx(after(table, f"| {model} |"), rel=0.25)
+        assert losses[better] < losses[0]
+        assert losses[worse] > 1.3 * losses[better]
 
 
 @pytest.mark.slow

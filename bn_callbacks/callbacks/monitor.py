@@ -74,9 +74,10 @@ class BatchNormMonitor(keras.callbacks.Callback):
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
-        probe: A small sample of training data `(x, y)`. At each epoch's end the
-            model's loss on it is measured in inference mode and with batch
-            statistics; the gap decides whether anything is wrong at all.
+        probe: A small sample of training data `(x, y)`, in the order of training:
+            of data in groups a few whole groups. At each epoch's end the model's
+            loss on it is measured in inference mode and with batch statistics; the
+            gap decides whether anything is wrong at all.
         layers: Which layers, as `recalibrate` takes them; all by default.
         verbose: 1 prints the report at each epoch's end.
         max_charts: Layers that get charts of their own in TensorBoard, at most: those
