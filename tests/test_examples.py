@@ -176,7 +176,7 @@ def test_speech(tmp_path):
         )
     )
     # What the page says in words.
-    assert min(usual, lower) > 1.5 * max(without, recalibrated)
+    assert min(usual, lower) > 1.3 * max(without, recalibrated)
     assert shuffled < min(without, recalibrated)
     runs = printed.split("\nOne utterance a batch, momentum 0.99, validation loss")[0]
     verdicts = re.findall(r"bn_1: (\w+)", runs)
@@ -184,6 +184,8 @@ def test_speech(tmp_path):
     # What the page says in figures.
     rows = on_page("speech.py runs").splitlines()[3:]
     table = [numbers(row.split("|")[4]) for row in rows]
+    final = [numbers(line)[-1] for line in re.findall(r"^  loss(.*)", runs, re.M)]
+    assert final == pytest.approx([numbers(row.split("|")[3])[0] for row in rows], 0.1)
     losses = [numbers(line) for line in re.findall(r"val_loss(.*)", runs)]
     assert len(losses) == len(table) == 5
     for printed_row, page_row in zip(losses, table, strict=True):
@@ -194,7 +196,7 @@ def test_speech(tmp_path):
     trained, debiased, one_pass, refined, one_shuffled, refined_shuffled = figures
     assert debiased == trained
     assert refined == pytest.approx(refined_shuffled, rel=0.01)
-    assert refined < one_pass
+    assert one_pass != pytest.approx(refined, rel=0.01)
     assert refined == pytest.approx(one_shuffled, rel=0.05)
 
 
