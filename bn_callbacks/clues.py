@@ -63,7 +63,7 @@ def find_clues(
         ),
         (
             [bn for bn in layers if is_stale(model, bn)],
-            "`trainable` was changed after `compile`, which alone reads it",
+            "`trainable` was changed after `compile`; only another one makes it count",
         ),
         (
             [] if takes_training(model) else updating,

@@ -28,7 +28,8 @@ class Batches:
     Args:
         x: An array; a list, dict or tuple structure of arrays; `(x, y)` or
             `(x, y, sample_weight)` of these; a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator or other iterable of batches.
+            `keras.utils.PyDataset`, a `tf.distribute.DistributedDataset`, or a
+            generator or other iterable of batches.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
@@ -78,14 +79,21 @@ class Batches:
             )
         if size is not None and self.steps is not None and self.steps > size:
             raise ValueError(_ran_out(size, self.steps))
-        self.length = self.steps or size
+        self._length = self.steps or size
         if isinstance(self._source, Iterator):
             self._once = self._source
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches that are given; None if unknown."""
+        if self._length is None:
+            return None
+        return len(range(self._part, self._length, self._parts))
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
         for item in itertools.islice(self._items(), self.steps):
-            if count >= MAX_UNSIZED_BATCHES and self.length is None:
+            if count >= MAX_UNSIZED_BATCHES and self._length is None:
                 raise ValueError(
                     "`x` seems to be infinite. Received: more than "
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
@@ -197,6 +205,8 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
     if isinstance(x, keras.utils.PyDataset):
         return _Indexed(x), _num_batches(x)
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return _Distributed(x), None
     is_scalar = hasattr(x, "shape") and not len(x.shape)
     is_other = isinstance(x, (str, bytes, list, tuple, dict)) or is_scalar
     if isinstance(x, Iterable) and not is_other:
@@ -349,3 +359,19 @@ class _Indexed:
         size = _num_batches(self._dataset)
         indices = itertools.count() if size is None else range(size)
         return (self._dataset[index] for index in indices)
+
+
+class _Distributed:
+    """A distributed dataset: what each replica of this process gets, as a batch."""
+
+    def __init__(self, dataset: tf.distribute.DistributedDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._dataset:
+            leaves = tf.nest.flatten(item)
+            # Only a value that differs between replicas has values.
+            columns = [getattr(leaf, "values", (leaf,)) for leaf in leaves]
+            for parts in zip(*columns, strict=True):
+                if len(parts[0]):  # A replica may get nothing of the last batch.
+                    yield tf.nest.pack_sequence_as(item, parts)

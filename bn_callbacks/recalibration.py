@@ -104,16 +104,18 @@ def recalibrate(
         ValueError: No BN layer to recalibrate, or data that are empty, endless, of a
             wrong structure or not finite.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    >>> x = np.random.default_rng(0).normal(5, 2, (256, 4)).astype("float32")
-    >>> report = recalibrate(model, x, verbose=0)
-    >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(0), atol=1e-4))
-    True
-    >>> report.undo()
-    >>> model.layers[0].moving_mean.numpy().tolist()
-    [0.0, 0.0, 0.0, 0.0]
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization()]
+        ... )
+        >>> x = np.random.default_rng(0).normal(5, 2, (256, 4)).astype("float32")
+        >>> report = recalibrate(model, x, verbose=0)
+        >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(0), atol=1e-4))
+        True
+        >>> report.undo()
+        >>> model.layers[0].moving_mean.numpy().tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
     with Team(strategy(model)).agreed():
@@ -151,14 +153,16 @@ def recalibrated(
         TypeError: As `recalibrate`.
         ValueError: As `recalibrate`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    >>> with recalibrated(model, np.full((8, 4), 3.0), verbose=0):
-    ...     print(model.layers[0].moving_mean.numpy().tolist())
-    [3.0, 3.0, 3.0, 3.0]
-    >>> model.layers[0].moving_mean.numpy().tolist()
-    [0.0, 0.0, 0.0, 0.0]
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization()]
+        ... )
+        >>> with recalibrated(model, np.full((8, 4), 3.0), verbose=0):
+        ...     print(model.layers[0].moving_mean.numpy().tolist())
+        [3.0, 3.0, 3.0, 3.0]
+        >>> model.layers[0].moving_mean.numpy().tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
     saved = snapshot(find(model))
@@ -194,14 +198,14 @@ def audit(
         TypeError: `model` is not a Keras 3 model.
         ValueError: Data that are empty, endless, of a wrong structure or not finite.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
-    ... )
-    >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
-    >>> 4.8 < report.max_lag < 5.2
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
+        ... )
+        >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
+        >>> 4.8 < report.max_lag < 5.2
+        True
     """
     check_model(model)
     found = find(model, layers)
@@ -307,7 +311,7 @@ class Recalibration:
             [*seen.values(), *uncalled.values()],
             self._model,
         )
-        new, residual, passes = refine_statistics(
+        new, residuals, passes = refine_statistics(
             self._population, batches, first, old, self._refine, show
         )
         loss_before = loss_after = None
@@ -330,7 +334,9 @@ class Recalibration:
         ]
         report = RecalibrationReport(
             before=before,
-            residual=residual,
+            residual=max(
+                (each for each in residuals if each is not None), default=None
+            ),
             samples=first.samples,
             batches=first.batches,
             passes=passes,
@@ -339,6 +345,7 @@ class Recalibration:
             loss_after=loss_after,
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
+            residuals=(*residuals, *[None] * len(uncalled)),
             _undo=lambda: restore(saved),
         )
         if show:

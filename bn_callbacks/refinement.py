@@ -27,12 +27,17 @@ def refine_statistics(
     old: list[Statistics],
     refine: int | Literal["auto"],
     verbose: int,
-) -> tuple[list[Statistics], float | None, int]:
-    """Further passes. Returns statistics, what remains of lag, and the passes made."""
+) -> tuple[list[Statistics], list[float | None], int]:
+    """Further passes.
+
+    Returns:
+        Statistics; the lag that is left of each layer, None where no pass has shown it;
+        and the passes made.
+    """
     layers = population.layers
     new = stored(layers, first, old)
     if refine == 0:
-        return new, None, 1
+        return new, [None] * len(layers), 1
     length = first.batches
 
     def measure(statistics: list[Statistics]) -> Measurement:
@@ -43,34 +48,38 @@ def refine_statistics(
     if refine != "auto":
         for _ in range(refine):
             new = stored(layers, measure(new), new)
-        return new, max_lag(layers, measure(new), new), 2 + refine
+        return new, lags(layers, measure(new), new), 2 + refine
 
     if length >= 8 * FEW_BATCHES:
         few = batches.first(FEW_BATCHES)
         by_batch = [moments.statistics for moments in population.measure(few).moments]
-        residual = max_lag(layers, population.measure(few, new), by_batch)
-        if residual <= RESIDUAL_LIMIT / 10:
-            return new, residual, 1
+        left = lags(layers, population.measure(few, new), by_batch)
+        if largest(left) <= RESIDUAL_LIMIT / 10:
+            return new, left, 1
 
     # What is left in each layer adds up in those behind.
     limit = RESIDUAL_LIMIT / math.sqrt(len(layers))
-    best, best_residual, previous, passes = new, math.inf, new, 1
+    best, least, previous, passes = new, math.inf, new, 1
+    best_left: list[float | None] = []
     # Layer k is exact after k passes, and one more pass shows it. A layer whose
     # input depends on its own statistics, as in a recurrent cell, takes a few more.
     while passes < len(layers) + EXTRA_PASSES:
         seen = measure(previous)
         passes += 1
-        residual = max_lag(layers, seen, previous)
-        if residual < best_residual:
-            best, best_residual = previous, residual
+        left = lags(layers, seen, previous)
+        residual = largest(left)
+        if residual < least:
+            best, best_left, least = previous, left, residual
         # Where even an input that depends on no statistics changes, the data differ
         # from pass to pass, and so much is noise.
         entry = population.entry
-        noise = max_lag(layers, seen, new, only=entry) if entry is not None else 0.0
+        noise = 0.0
+        if entry is not None:
+            noise = lags(layers, seen, new)[layers.index(entry)] or 0.0
         if residual <= max(limit, 2 * noise):
             break
         previous = stored(layers, seen, previous)
-    if math.isinf(best_residual):
+    if math.isinf(least):
         worst = next(
             bn
             for bn, moments in zip(layers, seen.moments, strict=True)
@@ -81,24 +90,26 @@ def refine_statistics(
             f"statistics tried. Received: NaN or infinity in each of {passes - 1} "
             "passes. Look for huge weights in the layers before."
         )
-    return best, best_residual, passes
+    return best, best_left, passes
 
 
-def max_lag(
+def lags(
     layers: Sequence[BatchNormLayer],
     measured: Measurement,
     stored: Sequence[Statistics],
-    only: BatchNormLayer | None = None,
-) -> float:
-    """The largest lag of any layer that the data have reached."""
-    lags = [
-        lag(moments.statistics, statistics, bn.epsilon)
+) -> list[float | None]:
+    """The lag of each layer; None for those that the data have not reached."""
+    return [
+        lag(moments.statistics, statistics, bn.epsilon) if moments.count > 0 else None
         for bn, moments, statistics in zip(
             layers, measured.moments, stored, strict=True
         )
-        if moments.count > 0 and (only is None or bn is only)
     ]
-    return max(lags, default=0.0)
+
+
+def largest(lags: Sequence[float | None]) -> float:
+    """The largest of those that are known, 0 without any."""
+    return max((each for each in lags if each is not None), default=0.0)
 
 
 def stored(

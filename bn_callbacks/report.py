@@ -5,11 +5,15 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bn_callbacks.pictures import draw_before_and_after, draw_lags
 from bn_callbacks.statistics.causes import HEALTHY
 from bn_callbacks.statistics.diagnosis import diagnose_model
 from bn_callbacks.statistics.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class BatchNormWarning(UserWarning):
@@ -156,23 +160,56 @@ class BatchNormReport:
             "worst": self.worst.path if self.worst else None,
             "lagging": [layer.path for layer in self.lagging],
         }
-        plain: dict[str, Any] = _plain(values)
-        return plain
+        result: dict[str, Any] = plain(values)
+        return result
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the lag of each layer as a bar, with the noise floor marked.
+
+        Needs matplotlib: `pip install "bn-callbacks[plot]"`. A bar has the colour of
+        the layer's cause. Where there is no room for all names, layers that are not
+        healthy come first.
+
+        Args:
+            ax: Where to draw; in a new figure by default.
+
+        Returns:
+            The axes. `ax.figure.savefig("lag.png")` saves them.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+        >>> report = BatchNormReport((LayerReport("bn", "drifting", lag=0.5),))
+        >>> report.plot().get_title(loc="left")
+        '1 of 1 BatchNormalization layers not healthy'
+        """
+        return draw_lags(
+            [layer.path for layer in self.layers],
+            [layer.lag for layer in self.layers],
+            [layer.noise for layer in self.layers],
+            [layer.cause for layer in self.layers],
+            quiet=HEALTHY,
+            title=self.headline,
+            axes=ax,
+        )
+
+    @property
+    def headline(self) -> str:
+        """How many layers are healthy, in a line."""
+        total, sick = len(self.layers), len(self.lagging)
+        verdict = "not healthy" if sick else "healthy"
+        return f"{sick or total} of {total} BatchNormalization layers {verdict}"
 
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
-        lines = [_table([list(_COLUMNS), *self._rows()]), *self._notes()]
+        lines = [table([list(_COLUMNS), *self._rows()]), *self._notes()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        def row(tag: str, cells: Sequence[str]) -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
-
-        body = "".join(row("td", cells) for cells in self._rows())
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table>{row('th', list(_COLUMNS))}{body}</table>{notes}"
+        return _html_table(list(_COLUMNS), self._rows()) + notes
 
     def _rows(self) -> list[list[str]]:
         return [[cell(layer) for cell in _COLUMNS.values()] for layer in self.layers]
@@ -210,6 +247,8 @@ class RecalibrationReport:
         unreached: Paths of layers that the data never reached; they keep what
             they had.
         skipped: Paths of layers left alone, since `fit` would not update them.
+        residuals: What `residual` is the largest of, for each of `before.layers`;
+            `None` where no pass has measured it.
     """
 
     before: BatchNormReport
@@ -222,18 +261,59 @@ class RecalibrationReport:
     loss_after: float | None = None
     unreached: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    residuals: tuple[float | None, ...] = ()
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
         """Gives the layers the statistics back that they had before, bit for bit."""
         self._undo()
 
-    def __str__(self) -> str:
+    def before_and_after(self) -> list[tuple[LayerReport, float | None]]:
+        """Each layer as it was, and the lag that is left of it, `None` if unknown."""
+        after = self.residuals or [None] * len(self.before.layers)
+        return list(zip(self.before.layers, after, strict=True))
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the lag of each layer before, as a bar, and after, as a mark.
+
+        Needs matplotlib: `pip install "bn-callbacks[plot]"`. What is left after is
+        known only where a pass has measured it, so not with `refine=0`.
+
+        Args:
+            ax: Where to draw; in a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+        >>> before = BatchNormReport((LayerReport("bn", lag=0.5),))
+        >>> report = RecalibrationReport(before, 0.001, 64, 2, 2, committed=True)
+        >>> report.plot().get_xlabel()
+        'lag (standard deviations)'
+        """
+        pairs = self.before_and_after()
+        return draw_before_and_after(
+            [layer.path for layer, _ in pairs],
+            [layer.lag for layer, _ in pairs],
+            [after for _, after in pairs],
+            title=self.headline,
+            axes=ax,
+        )
+
+    @property
+    def headline(self) -> str:
+        """What has been done, in a line."""
         count = len(self.before.layers) - len(self.unreached)
         layers = f"{count} BatchNormalization layer{'s' * (count != 1)}"
         done = "Recalibrated" if self.committed else "Kept the old statistics of"
+        return f"{done} {layers}"
+
+    def __str__(self) -> str:
         text = (
-            f"{done} {layers} over {self.samples:,} samples "
+            f"{self.headline} over {self.samples:,} samples "
             f"({self.batches:,} batches, {self.passes} "
             f"pass{'es' * (self.passes != 1)}): lag {self.before.max_lag:.3g} before"
         )
@@ -249,6 +329,14 @@ class RecalibrationReport:
                 text += f"; left alone, {reason}: {', '.join(paths)}"
         return text + "."
 
+    def _repr_html_(self) -> str:
+        rows = [
+            [layer.path, _number(layer.lag), _number(left)]
+            for layer, left in self.before_and_after()
+        ]
+        table = _html_table(["layer", "lag before", "lag after"], rows)
+        return f"<p>{html.escape(str(self))}</p>{table}"
+
 
 def _lag(layer: LayerReport) -> float:
     if layer.lag is None:
@@ -260,24 +348,39 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Rows of cells, aligned.
+
+    Args:
+        rows: The rows, equally long; headings first.
+        left: Number of columns that hold names, to the left. The rest are figures,
+            to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        # Names to the left, figures to the right.
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
-        cells += [
-            cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>"
+
+    return f"<table>{row('th', head)}{''.join(row('td', r) for r in rows)}</table>"
+
+
+def plain(value: Any) -> Any:
+    """A value as `json.dumps` takes it: numbers that are not finite as strings."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

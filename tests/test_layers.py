@@ -305,20 +305,20 @@ def test_the_reader_reads_all_averages_and_the_step() -> None:
     step, flat = reader()
     assert step == 0
     for index, (mean, variance) in enumerate(stored(model)):
-        np.testing.assert_array_equal(reader.averages(flat, index), [mean, variance])
+        np.testing.assert_array_equal(reader.averages(flat, index), [[mean, variance]])
     model.train_on_batch(X, X[:, :1])
     step, flat = reader()
     assert step == 1
-    np.testing.assert_array_equal(reader.averages(flat, 2)[0], stored(model)[2][0])
+    np.testing.assert_array_equal(reader.averages(flat, 2)[0], stored(model)[2])
     per_layer = reader.all_per_layer(flat == flat)
     assert per_layer.tolist() == [True] * 3
-    assert reader.spread(per_layer).shape == flat.shape
+    assert flat.shape == (1, *reader.spread(per_layer).shape)
 
 
 def test_the_reader_works_without_an_optimizer() -> None:
     step, flat = Reader(single(2), find(single(2)))()
     assert step is None
-    assert flat.tolist() == [0, 0, 1, 1]
+    assert flat.tolist() == [[0, 0, 1, 1]]
 
 
 # Training mode.

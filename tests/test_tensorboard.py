@@ -1,13 +1,20 @@
-"""Scalars under `log_dir`, read back from the event files."""
+"""What a `fit` leaves under `log_dir`, read back from the event files."""
 
+import html
+import itertools
 import os
+import re
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks import event_files as event_files_benchmark
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 import bn_callbacks.callbacks.monitor
 from bn_callbacks import (
@@ -19,6 +26,8 @@ from bn_callbacks import (
     RecalibrationReport,
 )
 from bn_callbacks.tensorboard import SUBDIRECTORY, ReportWriter
+from bn_callbacks.tensorboard.panels import escape, recalibration_panel
+from bn_callbacks.tensorboard.writer import OVERVIEW
 
 BATCH = 16
 X = np.random.default_rng(0).normal(3, 2, (10 * BATCH, 3)).astype("float32")
@@ -50,18 +59,29 @@ def monitor_of(log_dir, *arguments, **keywords):
     return BatchNormMonitor(log_dir, *arguments, on_lag="ignore", **keywords)
 
 
-def read(log_dir, subdirectory=SUBDIRECTORY):
-    """`{tag: {step: value}}` of all that was written."""
-    events = EventAccumulator(
-        str(Path(log_dir) / subdirectory), size_guidance={"tensors": 0}
-    )
-    events.Reload()
+def events_of(log_dir, subdirectory=SUBDIRECTORY):
+    everything = dict.fromkeys(("tensors", "scalars", "images", "histograms"), 0)
+    directory = str(Path(log_dir) / subdirectory)
+    return EventAccumulator(directory, size_guidance=everything).Reload()
+
+
+def read(log_dir, subdirectory=SUBDIRECTORY, plugin="scalars"):
+    """`{tag: {step: value}}` of all that was written for a plugin of TensorBoard."""
+    events = events_of(log_dir, subdirectory)
     return {
         tag: {
-            event.step: tf.make_ndarray(event.tensor_proto).item()
+            event.step: tf.make_ndarray(event.tensor_proto)
             for event in events.Tensors(tag)
         }
         for tag in events.Tags()["tensors"]
+        if events.SummaryMetadata(tag).plugin_data.plugin_name == plugin
+    }
+
+
+def texts(log_dir):
+    return {
+        tag: {step: value.item().decode() for step, value in values.items()}
+        for tag, values in read(log_dir, plugin="text").items()
     }
 
 
@@ -94,7 +114,20 @@ def test_every_figure_of_each_epochs_report_is_a_scalar(tmp_path):
     for tag, values in expected.items():
         known = {s: v for s, v in zip(steps, values, strict=True) if v is not None}
         assert written.pop(tag, {}) == approx(known), tag
-    assert not [tag for tag in written if tag.split("/")[1] in (*FIGURES, "summary")]
+    assert all(tag.startswith(f"{OVERVIEW}/") for tag in written)
+
+
+def test_the_summary_is_also_where_tensorboard_shows_it_first(tmp_path):
+    fit(make_model(), monitor_of(tmp_path, probe=(X, Y)))
+    written = read(tmp_path)
+    summary = {tag for tag in written if tag.startswith("bn/summary/")}
+    assert {f"{OVERVIEW}/{tag.split('/')[2]}" for tag in summary} == {
+        tag for tag in written if tag.startswith(OVERVIEW)
+    }
+    for tag in summary:
+        assert written[tag] == written[f"{OVERVIEW}/{tag.split('/')[2]}"]
+    # TensorBoard sorts groups by the codes of their characters.
+    assert sorted(written)[0].startswith(OVERVIEW)
 
 
 def test_scalars_say_what_they_are(tmp_path):
@@ -102,7 +135,9 @@ def test_scalars_say_what_they_are(tmp_path):
     events = EventAccumulator(str(tmp_path / SUBDIRECTORY))
     events.Reload()
     for tag in events.Tags()["tensors"]:
-        assert events.SummaryMetadata(tag).summary_description
+        metadata = events.SummaryMetadata(tag)
+        if metadata.plugin_data.plugin_name != "custom_scalars":
+            assert metadata.summary_description
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
@@ -110,7 +145,8 @@ def test_what_is_not_known_is_left_out(tmp_path):
     layers = (LayerReport("a", lag=0.5), LayerReport("b/c", noise=0.1))
     writer.write(BatchNormReport(layers), 7)
     writer.close()
-    assert read(tmp_path) == {
+    written = read(tmp_path)
+    assert {tag: v for tag, v in written.items() if not tag.startswith(OVERVIEW)} == {
         "bn/summary/max_lag": {7: 0.5},
         "bn/summary/layers_lagging": {7: 0.0},
         "bn/lag/a": {7: 0.5},
@@ -143,10 +179,12 @@ def test_update_freq_is_how_often_scalars_are_written(
     assert lag[20] == approx(monitor.report.max_lag)
 
 
-def test_writing_between_the_ends_of_epochs_must_not_take_long(tmp_path):
+def test_writing_between_the_ends_of_epochs_must_not_take_long(tmp_path, monkeypatch):
+    # As if writing took so many seconds that the share is spent by the first time.
+    monkeypatch.setattr(bn_callbacks.callbacks.monitor, "WRITING_COST", 1e6)
+    monkeypatch.setattr(bn_callbacks.callbacks.monitor, "WRITING_SHARE", 1e-9)
     monitor = monitor_of(tmp_path, "auto")
     fit(make_model(), monitor, epochs=2)
-    # Of a fit of a second, one percent is not enough for anything in between.
     assert sorted(read(tmp_path)["bn/summary/max_lag"]) == [10, 20]
 
 
@@ -177,7 +215,7 @@ def test_lives_beside_the_callback_of_keras_in_the_same_log_dir(tmp_path):
     history = fit(make_model(), monitor_of(log_dir), keras_own).history
     assert {"batch_norm", "train"} <= set(os.listdir(log_dir))
     own = read(log_dir)
-    assert all(tag.startswith("bn/") for tag in own)
+    assert all(tag.startswith(("bn/", f"{OVERVIEW}/")) for tag in own)
     assert read(log_dir, "train")["epoch_bn_lag"] == {0: approx(history["bn_lag"][0])}
 
 
@@ -229,8 +267,9 @@ def test_recalibrations_leave_a_mark(tmp_path, when, steps, is_first):
     fit(make_model(), *(callbacks[::-1] if is_first else callbacks), epochs=2,
         validation_data=(X, Y))  # fmt: skip
     written = read(tmp_path)
-    assert sorted(written["bn/recalibration"]) == steps
-    assert written["bn/recalibration"][20].decode() == str(callback.report)
+    marks = texts(tmp_path)["bn/recalibration"]
+    assert sorted(marks) == steps
+    assert marks[20] == recalibration_panel(callback.report)
     assert written["bn/summary/residual"][20] == approx(callback.report.residual)
 
 
@@ -253,11 +292,285 @@ def test_a_mark_left_after_closing_is_closed_again(tmp_path):
         committed=True,
     )  # fmt: skip
     writer.mark(report, 3)
-    assert list(read(tmp_path)) == ["bn/recalibration"]
+    assert list(texts(tmp_path)) == ["bn/recalibration"]
     writer.write(BatchNormReport(), 4)
     writer.mark(report, 5)
     writer.write(BatchNormReport(), 6)
     writer.close()
     writer.close()
     assert len(event_files(tmp_path)) == 2
-    assert list(read(tmp_path)["bn/recalibration"]) == [3, 5]
+    assert list(texts(tmp_path)["bn/recalibration"]) == [3, 5]
+
+
+class Watched(NamedTuple):
+    """A fit of three epochs of ten steps, of which each has been reported."""
+
+    directory: Path
+    model: keras.Model
+    monitor: BatchNormMonitor
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("logs")
+    model, monitor = make_model(), monitor_of(directory, "batch", probe=(X, Y))
+    fit(model, monitor, epochs=3)
+    return Watched(directory, model, monitor)
+
+
+# --- What a layer sees against what it stores
+
+
+def root_mean(squares):
+    return float(np.sqrt(np.mean(squares)))
+
+
+def test_moving_and_batch_statistics_are_two_runs_of_the_same_tags(tmp_path):
+    model = make_model()
+    stored = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: stored.append(
+            [variable.numpy() for variable in model.layers[0].non_trainable_variables]
+        )
+    )
+    # The first layer sees this data whatever is learnt, in one batch an epoch.
+    fit(model, monitor_of(tmp_path, 1000), look, epochs=3, batch_size=len(X))
+    path = model.layers[0].path
+    mu, sigma = f"bn/mu/{path}", f"bn/sigma/{path}"
+    moving, batch = (read(tmp_path, f"{SUBDIRECTORY}/{x}") for x in ("moving", "batch"))
+    assert (
+        moving.keys()
+        == batch.keys()
+        == {
+            f"bn/{name}/{model.layers[i].path}"
+            for name in ("mu", "sigma")
+            for i in (0, 2)
+        }
+    )
+    for step, (mean, variance) in enumerate(stored, 1):
+        assert moving[mu][step] == approx(root_mean(mean**2))
+        assert moving[sigma][step] == approx(root_mean(variance))
+        assert batch[mu][step] == pytest.approx(root_mean(X.mean(0) ** 2), rel=1e-3)
+        assert batch[sigma][step] == pytest.approx(root_mean(X.var(0)), rel=1e-3)
+
+
+def test_the_layout_overlays_them_by_a_regular_expression_for_each_layer(watched):
+    layouts = read(watched.directory, plugin="custom_scalars")[
+        "custom_scalars__config__"
+    ]
+    assert list(layouts) == [1, 10], "again only when there is something new to show"
+    layout = layout_pb2.Layout.FromString(layouts[10].item())
+    assert layout.category[0].title == "Batch normalization"
+    charts = {
+        (category.title, chart.title): chart.multiline.tag
+        for category in layout.category
+        for chart in category.chart
+    }
+    everything = [
+        tag
+        for run in ("", "/moving", "/batch")
+        for tag in read(watched.directory, SUBDIRECTORY + run)
+    ]
+    # As TensorBoard does it.
+    shown = {
+        key: {tag for tag in everything if re.match(pattern, tag)}
+        for key, (pattern,) in charts.items()
+    }
+    assert all(shown.values()), "no chart is empty"
+    path = watched.model.layers[2].path
+    assert shown["Mean: moving against batches", path] == {f"bn/mu/{path}"}
+    assert shown["Lag, and what of it is noise", path] <= {
+        f"bn/lag/{path}",
+        f"bn/noise/{path}",
+    }
+    assert shown["Batch normalization", "Largest lag"] == {"bn/summary/max_lag"}
+
+
+# --- Histograms, the heat map, and the report, once an epoch
+
+
+def test_once_an_epoch_there_is_a_histogram_of_the_channels_lags(watched):
+    written = read(watched.directory, plugin="histograms")
+    lags = read(watched.directory)
+    for layer, channels in zip(watched.model.layers[:3:2], (3, 4), strict=True):
+        histogram = written[f"bn/per_channel_lag/{layer.path}"]
+        assert list(histogram) == [10, 20, 30]
+        for step, buckets in histogram.items():
+            left, right, count = buckets.T
+            assert count.sum() == channels
+            # `lag` is the root of the mean square of what is counted here.
+            lag = lags[f"bn/lag/{layer.path}"][step]
+            low, high = (
+                root_mean(np.repeat(edge, count.astype(int)) ** 2)
+                for edge in (left, right)
+            )
+            assert low * (1 - 1e-6) <= lag <= high * (1 + 1e-6)
+
+
+def test_once_an_epoch_there_is_a_heat_map_of_all_layers(watched):
+    (pictures,) = read(watched.directory, plugin="images").values()
+    assert list(pictures) == [10, 20, 30]
+    for width, height, png in pictures.values():
+        assert tf.io.decode_png(png).shape == (int(height), int(width), 3)
+
+
+def test_long_trainings_get_fewer_heat_maps_but_always_the_last(tmp_path):
+    writer = ReportWriter(tmp_path)
+    report = BatchNormReport((LayerReport("a", lag=0.5),))
+    for epoch in range(1, 51):
+        writer.write(report, 7 * epoch, ends_epoch=True)
+    writer.conclude(report, 350)
+    writer.conclude(report, 350)
+    writer.close()
+    (pictures,) = read(tmp_path, plugin="images").values()
+    epochs = [step / 7 for step in pictures]
+    assert epochs[:10] == list(range(1, 11))
+    assert epochs[-1] == 50
+    assert len(epochs) < 26
+    between = [(b - a) / a for a, b in itertools.pairwise(epochs)]
+    assert max(between[10:]) <= 0.2, "a picture never lags by more"
+
+
+def test_the_report_is_a_table_once_an_epoch(watched):
+    report = watched.monitor.report
+    panels = texts(watched.directory)["bn/report"]
+    assert list(panels) == [10, 20, 30]
+    head, *rows = [row for row in panels[30].splitlines() if row.startswith("|")]
+    assert head == (
+        "| layer | cause | lag | noise | start weight | since step | advice |"
+    )
+    cells = [cell.strip() for cell in rows[1].strip("|").split("|")]
+    worst = report.worst
+    assert cells[:3] == [escape(worst.path), escape(worst.cause), f"{worst.lag:.3g}"]
+    assert cells[4] == f"{worst.start_weight:.3g}"
+    assert int(cells[5]) in range(1, 31)
+    assert cells[6].replace("<br>", " ") == escape(worst.advice)
+    assert f"gap {report.loss_gap:.3g}" in panels[30]
+
+
+def test_the_report_has_the_last_word(tmp_path):
+    # The optimizer puts averaged weights in when training has ended.
+    optimizer = keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9)
+    monitor = monitor_of(tmp_path)
+    fit(make_model(momentum=0.5, optimizer=optimizer), monitor, epochs=3)
+    assert monitor.report.worst.cause == "weights_replaced"
+    assert "weights&#95;replaced" in texts(tmp_path)["bn/report"][30]
+
+
+def test_without_matplotlib_all_but_the_heat_map_is_written(tmp_path, monkeypatch):
+    model = make_model()
+    fit(model, monitor_of(tmp_path / "with"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fit(model, monitor_of(tmp_path / "without"))
+    for plugin in ("scalars", "histograms", "text", "custom_scalars"):
+        written = [read(tmp_path / x, plugin=plugin) for x in ("with", "without")]
+        assert written[0].keys() == written[1].keys() != set()
+    assert read(tmp_path / "with", plugin="images")
+    assert not read(tmp_path / "without", plugin="images")
+    note = 'python -m pip install "bn-callbacks[plot]"'
+    for directory, is_noted in (("with", False), ("without", True)):
+        (panel,) = texts(tmp_path / directory)["bn/report"].values()
+        assert (note in html.unescape(panel)) is is_noted
+
+
+def test_the_report_says_since_when_a_layer_is_not_healthy(tmp_path):
+    writer = ReportWriter(tmp_path)
+    for step, cause in enumerate(["drifting", "healthy", "noisy", "drifting"], 1):
+        writer.write(BatchNormReport((LayerReport("a", cause),)), step, ends_epoch=True)
+    writer.close()
+    panels = texts(tmp_path)["bn/report"]
+    assert ["| 1 |" in panels[1], "| 3 |" in panels[3], "| 3 |" in panels[4]] == [
+        True
+    ] * 3
+    assert not re.search(r"\| \d \|", panels[2])
+
+
+def test_what_the_probe_has_shown_holds_until_it_is_asked_again(tmp_path):
+    # The statistics are off, but the model does not mind: its last layer is 0.
+    model = make_model()
+    model.layers[-1].trainable = False
+    model.layers[-1].kernel.assign(np.zeros((4, 1)))
+    model.compile("sgd", "mse")
+    fit(model, monitor_of(tmp_path, "batch", probe=(X, Y)), epochs=2)
+    lagging = read(tmp_path)["bn/summary/layers_lagging"]
+    assert lagging[9] > 0, "not yet known"
+    assert [lagging[step] for step in range(10, 21)] == [0] * 11
+
+
+# --- Large models
+
+
+def make_deep_model(layers):
+    model = keras.Sequential([keras.Input((3,))])
+    for index in range(layers):
+        model.add(keras.layers.BatchNormalization(name=f"bn_{index}"))
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_only_so_many_layers_have_charts_and_all_are_in_the_summary(tmp_path):
+    model = make_deep_model(6)
+    monitor = monitor_of(tmp_path, "batch", max_charts=4)
+    history = model.fit(X, X, BATCH, epochs=2, verbose=0, callbacks=[monitor]).history
+    written = read(tmp_path)
+    charted = {tag for tag in written if tag.startswith("bn/lag/")}
+    assert 2 <= len(charted) <= 4
+    worst = f"bn/lag/{monitor.report.worst.path}"
+    assert worst in charted
+    for plugin, tag in (("scalars", "bn/start_weight"), ("histograms", "bn/per_chan")):
+        found = {x for x in read(tmp_path, plugin=plugin) if x.startswith(tag)}
+        assert len(found) == len(charted)
+    # A chart goes on from where it begins.
+    assert all(max(written[tag]) == 20 for tag in charted)
+    assert written["bn/summary/max_lag"][20] == approx(history["bn_lag"][-1])
+
+
+def test_no_charts_of_layers_are_a_choice_too(tmp_path):
+    fit(make_model(), monitor_of(tmp_path, max_charts=0))
+    assert all(t.startswith((OVERVIEW, "bn/summary")) for t in read(tmp_path))
+    assert read(tmp_path, plugin="images")
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, None, "all"])
+def test_max_charts_is_a_number_of_layers(value):
+    with pytest.raises(ValueError, match=rf"`max_charts`.*max_charts={value!r}"):
+        BatchNormMonitor(max_charts=value)
+
+
+@pytest.mark.parametrize("layers", [1, 12, 200])
+def test_event_files_stay_small(tmp_path, layers):
+    cost = event_files_benchmark.measure(layers, tmp_path)
+    report, _ = event_files_benchmark.make_report(layers)
+    charted = min(layers, 12)
+    name = max(len(layer.path) for layer in report.layers)
+    # As docs/tensorboard.md states it.
+    assert cost.step <= 600 + charted * 9 * (50 + name)
+    assert cost.epoch <= 100_000
+    assert cost.seconds < 0.05
+
+
+# --- Beside keras.callbacks.TensorBoard
+
+
+def test_the_callback_of_keras_does_not_decide_when_we_write(tmp_path):
+    # It lets nothing be recorded between its own steps.
+    callbacks = [keras.callbacks.TensorBoard(tmp_path, update_freq=7),
+                 monitor_of(tmp_path, 1)]  # fmt: skip
+    for order in (callbacks, callbacks[::-1]):
+        fit(make_model(), *order)
+    assert list(read(tmp_path)["bn/summary/max_lag"]) == list(range(1, 11))
+    assert len(event_files(tmp_path)) == 2
+
+
+def test_steps_are_those_of_the_batches_of_keras(tmp_path):
+    made = []
+    model = make_model()
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda *_, **__: made.append(int(model.optimizer.iterations))
+    )
+    keras_own = keras.callbacks.TensorBoard(tmp_path, update_freq=1)
+    fit(model, keras_own, monitor_of(tmp_path, 1), look, epochs=2)
+    steps = list(read(tmp_path, "train")["batch_loss"])
+    if steps == [0]:
+        pytest.skip("Keras 3.0 gives all batches the step 0.")
+    assert steps == list(read(tmp_path)["bn/summary/max_lag"]) == made

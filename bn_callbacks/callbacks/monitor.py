@@ -35,7 +35,7 @@ from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_repo
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
-from bn_callbacks.tensorboard import ReportWriter
+from bn_callbacks.tensorboard import MAX_CHARTS, ReportWriter
 from bn_callbacks.windows import Windows
 
 MAX_INTERVAL = 100
@@ -64,10 +64,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
     use these logs, and before those that write statistics.
 
     Args:
-        log_dir: Directory for TensorBoard scalars; nothing is written without it.
+        log_dir: Directory for TensorBoard's files; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`.
-        update_freq: How often to write scalars besides each epoch's end: `"auto"`, as
+            of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
+            `pip install "bn-callbacks[plot]"`.
+        update_freq: How often to write charts besides each epoch's end: `"auto"`, as
             often as takes one percent of the time; `"batch"`, or a number of
             batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
@@ -78,6 +79,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             statistics; the gap decides whether anything is wrong at all.
         layers: Which layers, as `recalibrate` takes them; all by default.
         verbose: 1 prints the report at each epoch's end.
+        max_charts: Layers that get charts of their own in TensorBoard, at most: those
+            that lag most. The others are in the summary and in the heat map.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
@@ -86,23 +89,23 @@ class BatchNormMonitor(keras.callbacks.Callback):
         ValueError: An argument is none of those above.
         BatchNormLagWarning: In `fit`, with `on_lag="raise"`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> monitor = BatchNormMonitor(on_lag="ignore")
-    >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
-    >>> monitor.report.worst.cause
-    'warming_up'
-    >>> "bn_lag" in history.history
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> monitor = BatchNormMonitor(on_lag="ignore")
+        >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+        >>> monitor.report.worst.cause
+        'warming_up'
+        >>> "bn_lag" in history.history
+        True
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         probe: Any = None,
         layers: LayerSelection = None,
         verbose: int = 0,
+        max_charts: int = MAX_CHARTS,
     ) -> None:
         super().__init__()
         if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
@@ -144,6 +148,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 f"probe of type {type(probe).__name__}."
             )
         check_verbose(verbose)
+        if not is_whole(max_charts, 0):
+            raise ValueError(
+                "`max_charts` must be a number of layers, 0 or more. Received: "
+                f"max_charts={shown(max_charts)}."
+            )
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
@@ -152,6 +161,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self.probe = probe
         self.layers = layers
         self.verbose = verbose
+        self.max_charts = max_charts
         self.report: BatchNormReport | None = None
         self._is_fitting = False
 
@@ -162,6 +172,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
+        self._gap: float | None = None
         self._findings: Findings | None = None
         self._counter = StepCounter(self.model, self.params)
         self._first_epoch: int | None = None
@@ -170,9 +181,14 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._read_at: int | None = None
         self._written_at = 0
         self._is_chief = Team(strategy(self.model)).is_chief
-        self._writer = None
+        self._writer: ReportWriter | None = None
         if self.log_dir and self._is_chief:
-            self._writer = ReportWriter(self.log_dir)
+            self._writer = ReportWriter(
+                self.log_dir,
+                int(self.max_charts),
+                self.threshold,
+                iterations(self.model),
+            )
         if is_built(self.model):
             self._start()
 
@@ -200,12 +216,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.rebase())
             self._read_at = self._written_at = done
             return
-        is_writing = (
-            self._writer is not None
-            and done - self._written_at >= self._frequency
-            and (self.update_freq != "auto" or self._budget.allows())
+        # Workers must read at the same steps, whether they write or not.
+        is_due = self.log_dir is not None and (
+            done - self._written_at >= self._frequency
         )
-        if is_writing or done - self._read_at >= self._interval:
+        if is_due or done - self._read_at >= self._interval:
             reading = self._windows.read()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
@@ -213,10 +228,15 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._read_at = done
         elif self._counter.needs_reading:
             self._counter.observe(*self._windows.read())
-        if is_writing and self._writer is not None:
+        if is_due:
             self._written_at = done
-            with self._budget.spend():
-                self._writer.write(self._make_report(), iterations(self.model))
+            if self._writer is not None and self._may_write():
+                with self._budget.spend():
+                    report = self._make_report()
+                    self._writer.write(report, iterations(self.model), self._evidence)
+
+    def _may_write(self) -> bool:
+        return self.update_freq != "auto" or self._budget.allows()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -229,29 +249,36 @@ class BatchNormMonitor(keras.callbacks.Callback):
             return
         self._end_epoch()
         self.report = report = self._make_report(self._losses())
+        # Holds until the probe is measured again.
+        self._gap = report.loss_gap
         if logs is not None:
             logs["bn_lag"] = report.max_lag
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
             with self._budget.spend():
-                self._writer.write(report, iterations(self.model))
+                self._writer.write(
+                    report, iterations(self.model), self._evidence, ends_epoch=True
+                )
         if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        self._close()
         if self._windows is None or self.report is None:
+            self._close()
             return
-        if not self._windows.is_untouched():
-            # Restored or corrected: the report is about something that is gone.
-            return
-        if self._fingerprint() != self._weights:
+        # If restored or corrected, the report is about something that is gone.
+        is_valid = self._windows.is_untouched()
+        if is_valid and self._fingerprint() != self._weights:
             # By the optimizer's averages, for one.
             self.report = self._make_report(self._losses(), are_weights_replaced=True)
-        self._tell(self.report, 0)
+        if self._writer is not None:
+            self._writer.conclude(self.report, iterations(self.model))
+        self._close()
+        if is_valid:
+            self._tell(self.report, 0)
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -328,7 +355,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
 
     def _make_report(
         self,
-        losses: tuple[float | None, float | None] = (None, None),
+        losses: tuple[float | None, float | None] | None = None,
         are_weights_replaced: bool = False,
     ) -> BatchNormReport:
         assert self._windows is not None
@@ -340,18 +367,18 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 total_steps=self._total_steps(),
                 is_recalibrated=company(self.model).recalibrates,
             )
-        report = BatchNormReport((), *losses, clues=self._clues)
-        evidence = [
+        report = BatchNormReport((), *(losses or (None, None)), clues=self._clues)
+        self._evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
                 batch_size=self._examples.batch_size_of(self._layers[index]),
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
-                loss_gap=report.loss_gap,
+                loss_gap=report.loss_gap if losses else self._gap,
             )
             for index in range(len(self._windows.layers))
         ]
-        return dataclasses.replace(report, layers=layer_reports(evidence))
+        return dataclasses.replace(report, layers=layer_reports(self._evidence))
 
     def _tell(self, report: BatchNormReport, steps_left: int | None) -> None:
         if self._findings is None or self.on_lag == "ignore":

@@ -55,21 +55,21 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
     Raises:
         ValueError: An argument is none of those above, or as `recalibrate`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> callback = RecalibrateBatchNorm(x)
-    >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
-    >>> callback.report.committed
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> callback = RecalibrateBatchNorm(x)
+        >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
+        >>> callback.report.committed
+        True
     """
 
     def __init__(

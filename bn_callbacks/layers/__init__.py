@@ -22,6 +22,13 @@ from bn_callbacks.layers.find import (
     find,
     is_built,
 )
+from bn_callbacks.layers.inputs import (
+    InputLayout,
+    compute_precision,
+    input_layout,
+    takes_any_batch,
+    to_model_inputs,
+)
 from bn_callbacks.layers.modes import (
     batch_mode,
     compute_loss,
@@ -43,6 +50,7 @@ from bn_callbacks.layers.state import (
 __all__ = [
     "BatchNormLayer",
     "Fingerprint",
+    "InputLayout",
     "LayerSelection",
     "Reader",
     "Snapshot",
@@ -50,11 +58,13 @@ __all__ = [
     "batch_mode",
     "check_model",
     "compute_loss",
+    "compute_precision",
     "count_inputs",
     "examples_seen",
     "find",
     "forward",
     "has_own_train_step",
+    "input_layout",
     "is_built",
     "is_stale",
     "iterations",
@@ -69,7 +79,9 @@ __all__ = [
     "steps_made",
     "steps_per_execution",
     "strategy",
+    "takes_any_batch",
     "takes_training",
+    "to_model_inputs",
     "uses_ema",
     "versions",
 ]

@@ -215,8 +215,7 @@ def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[N
     already, and may be predicting with the model, go on calling what it had.
     """
     with _replacing:
-        others = {thread.ident for thread in threading.enumerate()}
-        others.remove(threading.get_ident())
+        others = {*threading.enumerate()} - {threading.current_thread()}
         before = {layer: dict(vars(layer)) for layer in changes}
         try:
             for layer, attributes in changes.items():
@@ -237,11 +236,11 @@ def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[N
 
 
 def _unless_in(
-    threads: set[int | None], new: Callable[..., Any], old: Callable[..., Any]
+    threads: set[threading.Thread], new: Callable[..., Any], old: Callable[..., Any]
 ) -> Callable[..., Any]:
     @functools.wraps(new)
     def call(*args: Any, **kwargs: Any) -> Any:
-        is_other = threading.get_ident() in threads
+        is_other = threading.current_thread() in threads
         return (old if is_other else new)(*args, **kwargs)
 
     return call

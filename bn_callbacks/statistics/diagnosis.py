@@ -79,25 +79,25 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     Returns:
         The verdict, `"healthy"` unless a mechanism is seen to be at work.
 
-    Example:
-    >>> import numpy as np
-    >>> from bn_callbacks.statistics.moments import Statistics
-    >>> far = Statistics(np.full(8, 1.0), np.ones(8))
-    >>> start = Statistics(np.zeros(8), np.ones(8))
-    >>> now = Statistics(np.full(8, 1 - 0.99**50), np.ones(8))
-    >>> diagnosis = diagnose(
-    ...     Evidence(
-    ...         "bn",
-    ...         momentum=0.99,
-    ...         epsilon=1e-3,
-    ...         moving=now,
-    ...         batch=far,
-    ...         updates=50,
-    ...         start=start,
-    ...     )
-    ... )
-    >>> diagnosis.cause, round(diagnosis.lag, 3)
-    ('warming_up', 0.605)
+    Examples:
+        >>> import numpy as np
+        >>> from bn_callbacks.statistics.moments import Statistics
+        >>> far = Statistics(np.full(8, 1.0), np.ones(8))
+        >>> start = Statistics(np.zeros(8), np.ones(8))
+        >>> now = Statistics(np.full(8, 1 - 0.99**50), np.ones(8))
+        >>> diagnosis = diagnose(
+        ...     Evidence(
+        ...         "bn",
+        ...         momentum=0.99,
+        ...         epsilon=1e-3,
+        ...         moving=now,
+        ...         batch=far,
+        ...         updates=50,
+        ...         start=start,
+        ...     )
+        ... )
+        >>> diagnosis.cause, round(diagnosis.lag, 3)
+        ('warming_up', 0.605)
     """
     figures = measure(evidence)
     return _verdict(evidence, figures, _own_cause(evidence, figures))

@@ -82,6 +82,11 @@ class Evidence:
     loss_gap: float | None = None
     threshold: float = DEFAULT_THRESHOLD
 
+    @property
+    def pair(self) -> tuple[Statistics, Statistics] | None:
+        """Statistics of the batches, and those that they are held against."""
+        return None if self.batch is None else (self.batch, self.past or self.moving)
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -142,9 +147,9 @@ def measure(seen: Evidence) -> Figures:
         disagreement=_disagreement(seen),
         own_noise=NOISE_FACTOR * (noise_part or 0.0),
     )
-    if seen.batch is None:
+    if seen.pair is None:
         return figures
-    clean = seen.past or seen.moving
+    batch, clean = seen.pair
     start_part = 0.0
     if seen.start is not None and weight is not None and not seen.past and weight < 1:
         clean = Statistics(
@@ -153,16 +158,15 @@ def measure(seen: Evidence) -> Figures:
         )
         start_part = lag(clean, seen.moving, seen.epsilon)
     elif seen.updates == 0 and seen.is_initial:
-        clean = seen.batch
-        start_part = lag(seen.batch, seen.moving, seen.epsilon)
-    rest = lag(seen.batch, clean, seen.epsilon)
+        clean = batch
+        start_part = lag(batch, seen.moving, seen.epsilon)
+    rest = lag(batch, clean, seen.epsilon)
     is_noise = rest <= NOISE_FACTOR * floor
-    pair = (seen.batch, seen.past or seen.moving, seen.epsilon)
     return replace(
         figures,
-        lag=lag(*pair),
-        mean_shift=mean_shift(*pair),
-        scale_ratio=scale_ratio(*pair),
+        lag=lag(*seen.pair, seen.epsilon),
+        mean_shift=mean_shift(*seen.pair, seen.epsilon),
+        scale_ratio=scale_ratio(*seen.pair, seen.epsilon),
         start_part=start_part,
         drift_part=0.0 if is_noise else math.sqrt(max(0.0, rest**2 - floor**2)),
     )

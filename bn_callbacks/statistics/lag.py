@@ -35,7 +35,7 @@ def lag(batch: Statistics, moving: Statistics, epsilon: float) -> float:
     Returns:
         The lag; 0 without channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([3.0]), np.array([4.0]))
         >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
         >>> round(lag(batch, fresh, epsilon=0.0) ** 2, 6)  # 3² + (2 − 1)²
@@ -44,6 +44,33 @@ def lag(batch: Statistics, moving: Statistics, epsilon: float) -> float:
     shift, ratio = _shift_and_ratio(batch, moving, epsilon)
     with np.errstate(over="ignore"):
         return math.sqrt(_mean(shift**2 + (ratio - 1.0) ** 2))
+
+
+def channel_lags(
+    batch: Statistics, moving: Statistics, epsilon: float
+) -> NDArray[np.float64]:
+    """The lag of each channel, of which `lag` is the root of the mean square.
+
+    `sqrt(((μ_b − μ_m)/σ_m)² + (σ_b/σ_m − 1)²)`: a few channels far off and many that
+    are a little off may have the same `lag`.
+
+    Args:
+        batch: Statistics of the batches.
+        moving: Statistics that the layer uses at inference.
+        epsilon: The layer's `epsilon`.
+
+    Returns:
+        An array of shape `(channels,)`, `inf` everywhere if any statistic is not
+        finite.
+
+    Example:
+        >>> batch = Statistics(np.array([3.0, 0.0]), np.array([4.0, 1.0]))
+        >>> fresh = Statistics(np.array([0.0, 0.0]), np.array([1.0, 1.0]))
+        >>> channel_lags(batch, fresh, epsilon=0.0).round(2).tolist()
+        [3.16, 0.0]
+    """
+    shift, ratio = _shift_and_ratio(batch, moving, epsilon)
+    return np.hypot(shift, ratio - 1.0)
 
 
 def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
@@ -58,7 +85,7 @@ def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
         RMS offset of the normalised output, in standard deviations; 0 without
         channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([3.0, -3.0]), np.array([4.0, 4.0]))
         >>> moving = Statistics(np.array([0.0, 0.0]), np.array([4.0, 4.0]))
         >>> mean_shift(batch, moving, epsilon=0.0)
@@ -83,7 +110,7 @@ def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
     Returns:
         The ratio; 1 without channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([0.0]), np.array([9.0]))
         >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
         >>> round(scale_ratio(batch, fresh, epsilon=0.0), 6)

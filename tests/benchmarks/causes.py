@@ -16,11 +16,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "causes"))
 
-import kit
-import truth
-from cases import CASES
-from kit import Case, Outcome
-from page import Section, table
+import tensorflow as tf
+
+# Before anything uses TensorFlow: devices for the cases with several replicas.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 4,
+)
+
+import kit  # noqa: E402
+import truth  # noqa: E402
+from cases import CASES  # noqa: E402
+from kit import Case, Outcome  # noqa: E402
+from page import Section, table  # noqa: E402
 
 Results = Sequence[tuple[Case, Outcome | None]]
 QUIET = "(silent)"

@@ -1,0 +1,267 @@
+"""Writes reports into event files."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from bn_callbacks import pictures
+from bn_callbacks.report import BatchNormReport, LayerReport, RecalibrationReport
+from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
+from bn_callbacks.statistics.lag import channel_lags
+from bn_callbacks.tensorboard.charts import (
+    MAX_CHARTS,
+    ChartedLayers,
+    make_layout,
+)
+from bn_callbacks.tensorboard.event_file import (
+    EventFile,
+    histogram_pb,
+    image_pb,
+    layout_pb,
+    scalar_pb,
+    text_pb,
+)
+from bn_callbacks.tensorboard.history import LagHistory
+from bn_callbacks.tensorboard.panels import recalibration_panel, report_panel
+
+SUBDIRECTORY = "batch_norm"
+"""Own directory under `log_dir`, so that no other writer's run is mixed with ours."""
+
+OVERVIEW = "BN summary"
+"""Group of tags that TensorBoard, which sorts them, shows before `bn`."""
+
+GROWTH = 0.1
+"""Share by which training must have grown since the last picture for another one."""
+
+NO_PICTURE = (
+    "There is no heat map, for matplotlib is not installed. Install it with: "
+    'python -m pip install "bn-callbacks[plot]"'
+)
+
+_SUMMARIES = {
+    "max_lag": "Largest lag of all layers, in standard deviations",
+    "layers_lagging": "Number of layers that are not healthy",
+    "loss_gap": "Loss in inference mode over loss with batch statistics: 1 is right",
+    "residual": "Largest lag that the last recalibration has left",
+}
+
+_FIGURES = {
+    "lag": "RMS error of the normalised output from the moving statistics, in σ",
+    "mean_shift": "RMS distance of batch from moving mean, in σ",
+    "scale_ratio": "Batch σ over moving σ, geometric mean over channels",
+    "noise": "RMS fluctuation of the moving statistics from sampling alone, in σ",
+    "start_weight": "Weight of the values the moving statistics began with",
+}
+
+_SIDES = {"batch": "the batches", "moving": "the layer"}
+
+
+class ReportWriter:
+    """Writes what the reports of one `fit` say into event files, opened on first use.
+
+    Charts and a table come with each report; histograms, texts and the heat map at the
+    ends of epochs, and the heat map only where there is something to see that the last
+    one did not show. It needs matplotlib; without it there is none.
+
+    Args:
+        log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
+        max_charts: Layers that get charts of their own at most.
+        threshold: The lag above which something is said.
+        start: The optimizer's step at which training begins.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        max_charts: int = MAX_CHARTS,
+        threshold: float = DEFAULT_THRESHOLD,
+        start: int = 0,
+    ) -> None:
+        directory = os.path.join(os.fspath(log_dir), SUBDIRECTORY)
+        self._main = EventFile(directory)
+        # Two runs that have the same tags: TensorBoard draws them into one chart.
+        self._sides = {
+            side: EventFile(os.path.join(directory, side)) for side in _SIDES
+        }
+        self._threshold = threshold
+        self._charted = ChartedLayers(max_charts)
+        self._layout: tuple[list[str], bool] = ([], False)
+        self._start = start
+        self._history = LagHistory(start)
+        self._since: dict[str, int] = {}
+        self._drawn_at = start
+        self._written: BatchNormReport | None = None
+
+    def write(
+        self,
+        report: BatchNormReport,
+        step: int,
+        evidence: Sequence[Evidence] = (),
+        ends_epoch: bool = False,
+    ) -> None:
+        """Writes one report; figures that are not known are left out.
+
+        Args:
+            report: What to write.
+            step: The optimizer's step.
+            evidence: What the report is made of, in the order of its layers.
+            ends_epoch: Whether an epoch ends here.
+        """
+        self._history.add(step, [layer.lag for layer in report.layers])
+        self._since = {
+            layer.path: self._since.get(layer.path, step) for layer in report.lagging
+        }
+        layers = self._charted.update(report)
+        charted = {layer.path for layer in layers}
+        seen = [each for each in evidence if each.path in charted]
+        summaries = [*_scalars(report, layers), *self._new_layout(report, layers)]
+        if ends_epoch:
+            summaries += [
+                *_histograms(seen),
+                *self._text(report),
+                *self._picture(report, step, is_last=False),
+            ]
+        self._main.write(summaries, step)
+        for side, file in self._sides.items():
+            file.write(_moments(seen, side), step)
+        if ends_epoch:
+            for file in self._files():
+                file.flush()
+
+    def conclude(self, report: BatchNormReport, step: int) -> None:
+        """Writes the last report as a text, and the heat map if it is due.
+
+        Args:
+            report: The report, which may tell more than at the end of the last epoch.
+            step: The optimizer's step.
+        """
+        picture = self._picture(report, step, is_last=True)
+        self._main.write([*self._text(report), *picture], step)
+
+    def mark(self, report: RecalibrationReport, step: int) -> None:
+        """Leaves a mark where a recalibration took place.
+
+        The last one may come after `close`; what it opens it closes.
+
+        Args:
+            report: What the recalibration reported.
+            step: The optimizer's step.
+        """
+        was_open = self._main.is_open
+        text = text_pb(
+            "bn/recalibration",
+            recalibration_panel(report),
+            "What a recalibration has done, with the lags before and after",
+        )
+        self._main.write([*_summary("residual", report.residual), text], step)
+        if not was_open:
+            self._main.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to close."""
+        return any(file.is_open for file in self._files())
+
+    def close(self) -> None:
+        """Closes the event files; the next `write` opens new ones."""
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> Iterable[EventFile]:
+        return (self._main, *self._sides.values())
+
+    def _new_layout(
+        self, report: BatchNormReport, layers: Sequence[LayerReport]
+    ) -> list[Summary]:
+        has_loss_gap = self._layout[1] or report.loss_gap is not None
+        layout = ([layer.path for layer in layers], has_loss_gap)
+        if layout == self._layout:
+            return []
+        self._layout = layout
+        return [layout_pb(make_layout(*layout))]
+
+    def _text(self, report: BatchNormReport) -> list[Summary]:
+        if report == self._written:
+            return []
+        self._written = report
+        notes = () if pictures.is_available() else (NO_PICTURE,)
+        text = report_panel(report, self._since, notes)
+        return [text_pb("bn/report", text, "The state of the layers, the worst first")]
+
+    def _picture(
+        self, report: BatchNormReport, step: int, is_last: bool
+    ) -> list[Summary]:
+        is_due = step - self._drawn_at > GROWTH * (self._drawn_at - self._start)
+        if is_last:
+            is_due = step > self._drawn_at
+        if not (is_due and pictures.is_available() and report.layers):
+            return []
+        self._drawn_at = step
+        paths = [layer.path for layer in report.layers]
+        figure = pictures.draw_heat_map(
+            paths,
+            self._history.edges,
+            self._history.lags,
+            {paths.index(bn.path): bn.cause for bn in report.lagging},
+            self._threshold,
+            f"{report.headline} at step {step:,}",
+        )
+        png, size = pictures.to_png(figure)
+        return [
+            image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
+        ]
+
+
+def _scalars(
+    report: BatchNormReport, charted: Sequence[LayerReport]
+) -> Iterator[Summary]:
+    yield from _summary("max_lag", report.max_lag)
+    yield from _summary("layers_lagging", len(report.lagging))
+    yield from _summary("loss_gap", report.loss_gap)
+    for layer in charted:
+        for name, description in _FIGURES.items():
+            value = getattr(layer, name)
+            if value is not None:
+                yield scalar_pb(f"bn/{name}/{layer.path}", value, description)
+
+
+def _summary(name: str, value: float | None) -> Iterator[Summary]:
+    if value is not None:
+        for group in (OVERVIEW, "bn/summary"):
+            yield scalar_pb(f"{group}/{name}", value, _SUMMARIES[name])
+
+
+def _moments(evidence: Sequence[Evidence], side: str) -> Iterator[Summary]:
+    """One number for all channels of a layer, for means and standard deviations."""
+    of = _SIDES[side]
+    for seen in evidence:
+        if seen.pair is not None:
+            batch, moving = seen.pair
+            mean, variance = batch if side == "batch" else moving
+            yield scalar_pb(
+                f"bn/mu/{seen.path}",
+                _root_mean(np.square(mean)),
+                f"Means of {of}, RMS over channels",
+            )
+            yield scalar_pb(
+                f"bn/sigma/{seen.path}",
+                _root_mean(np.maximum(variance, 0)),
+                f"Standard deviations of {of}, RMS over channels",
+            )
+
+
+def _histograms(evidence: Sequence[Evidence]) -> Iterator[Summary]:
+    for seen in evidence:
+        if seen.pair is not None:
+            lags = channel_lags(*seen.pair, seen.epsilon)
+            if lags.size and np.isfinite(lags).all():
+                tag = f"bn/per_channel_lag/{seen.path}"
+                yield histogram_pb(tag, lags, description="Lags of the channels")
+
+
+def _root_mean(squares: NDArray[np.float64]) -> float:
+    return math.sqrt(float(squares.mean())) if squares.size else 0.0
