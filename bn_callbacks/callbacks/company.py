@@ -1,11 +1,15 @@
 """What the callbacks of one `fit` let each other know."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import keras
 
-from bn_callbacks.tensorboard import ReportWriter
+if TYPE_CHECKING:
+    from bn_callbacks.tensorboard import ReportWriter
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -35,8 +35,11 @@ from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_repo
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
-from bn_callbacks.tensorboard import MAX_CHARTS, ReportWriter
+from bn_callbacks.tensorboard import MAX_CHARTS
 from bn_callbacks.windows import Windows
+
+if TYPE_CHECKING:
+    from bn_callbacks.tensorboard import ReportWriter
 
 MAX_INTERVAL = 100
 MIN_INTERVAL = 10
@@ -184,14 +187,17 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._is_chief = Team(strategy(self.model)).is_chief
         self._writer: ReportWriter | None = None
         if self.log_dir and self._is_chief:
-            self._writer = ReportWriter(
-                self.log_dir,
-                int(self.max_charts),
-                self.threshold,
-                iterations(self.model),
-            )
+            self._writer = self._make_writer(self.log_dir)
         if is_built(self.model):
             self._start()
+
+    def _make_writer(self, log_dir: str | os.PathLike[str]) -> "ReportWriter":
+        # Loads dozens of modules, which who writes nothing does not need.
+        from bn_callbacks.tensorboard import ReportWriter
+
+        return ReportWriter(
+            log_dir, int(self.max_charts), self.threshold, iterations(self.model)
+        )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._first_epoch is None:

@@ -1,6 +1,19 @@
 """Reports as TensorBoard shows them: charts, histograms, pictures and texts."""
 
-from bn_callbacks.tensorboard.charts import MAX_CHARTS
-from bn_callbacks.tensorboard.writer import SUBDIRECTORY, ReportWriter
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bn_callbacks.tensorboard.writer import SUBDIRECTORY, ReportWriter
 
 __all__ = ["MAX_CHARTS", "SUBDIRECTORY", "ReportWriter"]
+
+MAX_CHARTS = 12
+"""Layers with charts at most: what TensorBoard shows on a page."""
+
+if not TYPE_CHECKING:
+    # Seventy modules of tensorboard, for those only who write something.
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.writer"), name)

@@ -8,9 +8,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.causes import HEALTHY
 
-MAX_CHARTS = 12
-"""Layers with charts at most: what TensorBoard shows on a page."""
-
 PERSISTENCE = 3
 """Reports in a row in which a layer must be among the worst to get a chart later."""
 

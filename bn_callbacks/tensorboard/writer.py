@@ -12,8 +12,8 @@ from bn_callbacks import pictures
 from bn_callbacks.report import BatchNormReport, LayerReport, RecalibrationReport
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
 from bn_callbacks.statistics.lag import channel_lags
+from bn_callbacks.tensorboard import MAX_CHARTS
 from bn_callbacks.tensorboard.charts import (
-    MAX_CHARTS,
     ChartedLayers,
     make_layout,
 )

@@ -14,8 +14,9 @@ from bn_callbacks.cli import main
 WORDS = st.one_of(
     st.sampled_from(
         [
-            *("demo", "audit", "recalibrate", "--log-dir", "--model", "--epochs"),
-            *("--seed", "--data", "--steps", "--batch-size", "--output", "--", "-"),
+            *("demo", "inspect", "recalibrate", "export", "--log-dir", "--model"),
+            *("--epochs", "--seed", "--data", "--steps", "--batch-size", "--output"),
+            *("--layers", "--json", "--tolerance", "--refine", "--in-place", "--", "-"),
             *("0", "-1", "1e3", "nan", "²", "", " ", "logs", "model.keras", "x.npz"),
         ]
     ),
