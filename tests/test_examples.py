@@ -145,6 +145,22 @@ def test_custom_loop(tmp_path):
 
 
 @pytest.mark.slow
+def test_multi_worker(tmp_path):
+    printed = run(EXAMPLES / "multi_worker.py", directory=tmp_path)
+    assert "worker 0: 1 of 1 BatchNormalization layers lag" in printed
+    assert "Likely cause: replicas_differ" in printed
+    told = re.findall(r"^worker (\d): recalibrated over 1280 (.*)$", printed, re.M)
+    assert sorted(worker for worker, _ in told) == ["0", "1"]
+    assert len({statistics for _, statistics in told}) == 1
+    accuracy = [
+        *after(printed, "as trained: "),
+        *after(printed, "saved and loaded again: "),
+    ]
+    assert accuracy == pytest.approx(numbers(on_page("multi_worker.py")), abs=5)
+    assert accuracy[3] > accuracy[1] + 50
+
+
+@pytest.mark.slow
 def test_dropout(tmp_path):
     printed = run(EXAMPLES / "dropout.py", directory=tmp_path)
     models = (ROOT / "docs/models.md").read_text("utf-8")
