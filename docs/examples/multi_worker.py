@@ -19,6 +19,12 @@ from pathlib import Path
 WORKERS, EPOCHS, STEPS, BATCH = 2, 3, 20, 32
 
 
+def say(text):
+    """Prints a line at once, which that of another worker cannot cut in two."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def start_workers():
     """Runs this script once for each worker; what they print is printed."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(WORKERS)]
@@ -106,7 +112,7 @@ def train(directory):
     # The chief alone warns.
     for warning in caught:
         if issubclass(warning.category, bn.BatchNormWarning):
-            print(f"worker {worker}: {warning.message}", flush=True)
+            say(f"worker {worker}: {warning.message}")
 
     def accuracy(model):
         shifted = (x_val + shift for shift in (0, 0.5))
@@ -115,22 +121,21 @@ def train(directory):
         return f"{right[0]:.1%} of the first scanner's, {right[1]:.1%} of the second's"
 
     if is_chief:
-        print(f"as trained: {accuracy(model)}", flush=True)
+        say(f"as trained: {accuracy(model)}")
     # All workers make the same calls; each reads its own data.
     report = bn.recalibrate(model, x_own, batch_size=BATCH, verbose=0)
     after = bn.audit(model, x_own, batch_size=BATCH)
     first = model.get_layer("bn")
-    print(
+    say(
         f"worker {worker}: recalibrated over {report.samples} samples of both workers; "
         f"moving mean {float(first.moving_mean.numpy().mean()):.4f}, "
-        f"disagreement {after.worst.disagreement:.1g}",
-        flush=True,
+        f"disagreement {after.worst.disagreement:.1g}"
     )
     if is_chief:
         path = Path(directory) / "digits.keras"
         model.save(path)
         loaded = keras.saving.load_model(path)
-        print(f"saved and loaded again: {accuracy(loaded)}", flush=True)
+        say(f"saved and loaded again: {accuracy(loaded)}")
 
 
 if __name__ == "__main__":
