@@ -1,17 +1,21 @@
 """Watch, recalibrate and debias the moving statistics of BatchNormalization."""
 
-from bn_callbacks.callbacks.debias import DebiasBatchNorm
-from bn_callbacks.callbacks.monitor import BatchNormMonitor
-from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
-from bn_callbacks.recalibration import audit, recalibrate, recalibrated
-from bn_callbacks.report import (
-    BatchNormLagWarning,
-    BatchNormReport,
-    BatchNormWarning,
-    LayerReport,
-    RecalibrationReport,
-)
-from bn_callbacks.statistics.moving_average import suggest_momentum
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bn_callbacks.callbacks.debias import DebiasBatchNorm
+    from bn_callbacks.callbacks.monitor import BatchNormMonitor
+    from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
+    from bn_callbacks.recalibration import audit, recalibrate, recalibrated
+    from bn_callbacks.report import (
+        BatchNormLagWarning,
+        BatchNormReport,
+        BatchNormWarning,
+        LayerReport,
+        RecalibrationReport,
+    )
+    from bn_callbacks.statistics.moving_average import suggest_momentum
 
 __all__ = [
     "BatchNormLagWarning",
@@ -27,3 +31,33 @@ __all__ = [
     "recalibrated",
     "suggest_momentum",
 ]
+
+# Keras and TensorFlow take seconds to import: not before somebody needs them.
+_HOMES = {
+    "BatchNormLagWarning": "report",
+    "BatchNormMonitor": "callbacks.monitor",
+    "BatchNormReport": "report",
+    "BatchNormWarning": "report",
+    "DebiasBatchNorm": "callbacks.debias",
+    "LayerReport": "report",
+    "RecalibrateBatchNorm": "callbacks.recalibrate",
+    "RecalibrationReport": "report",
+    "audit": "recalibration",
+    "recalibrate": "recalibration",
+    "recalibrated": "recalibration",
+    "suggest_momentum": "statistics.moving_average",
+}
+
+
+if not TYPE_CHECKING:  # Type checkers would take any name to exist.
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

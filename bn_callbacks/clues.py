@@ -63,7 +63,7 @@ def find_clues(
         ),
         (
             [bn for bn in layers if is_stale(model, bn)],
-            "`trainable` was changed after `compile`, which alone reads it",
+            "`trainable` was changed after `compile`; only another one makes it count",
         ),
         (
             [] if takes_training(model) else updating,
@@ -79,11 +79,7 @@ def find_clues(
             "statistics do not belong to: recalibrate",
         ),
         (
-            [
-                bn
-                for bn in updating
-                if replicas(model) > 1 and not bn.layer.synchronized
-            ],
+            [bn for bn in updating if replicas(model) > 1 and not bn.synchronized],
             "each replica keeps statistics of its own without `synchronized=True`",
         ),
     ]

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import math
+import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from bn_callbacks.arguments import check_whole, shown
 
 # Data that cannot tell its length must end within so many batches: an endless
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
@@ -24,7 +28,8 @@ class Batches:
     Args:
         x: An array; a list, dict or tuple structure of arrays; `(x, y)` or
             `(x, y, sample_weight)` of these; a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator or other iterable of batches.
+            `keras.utils.PyDataset`, a `tf.distribute.DistributedDataset`, or a
+            generator or other iterable of batches.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
@@ -44,13 +49,11 @@ class Batches:
         steps: int | None = None,
         inputs: int | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if value is not None and not (_is_whole(value) and value >= 1):
-                raise ValueError(
-                    f"`{name}` must be a positive integer or None. Received: "
-                    f"{name}={value!r}."
-                )
-        self.steps = steps
+        check_whole("batch_size", batch_size)
+        check_whole("steps", steps)
+        # A longer stream than this is never read to its end.
+        self.steps = None if steps is None else min(int(steps), sys.maxsize)
+        self._part, self._parts = 0, 1
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
@@ -74,26 +77,35 @@ class Batches:
                 f"`x` is empty. Received: {type(x).__name__} of no samples. Pass at "
                 "least one batch of data."
             )
-        if size is not None and steps is not None and steps > size:
-            raise ValueError(_ran_out(size, steps))
-        self.length = steps or size
+        if size is not None and self.steps is not None and self.steps > size:
+            raise ValueError(_ran_out(size, self.steps))
+        self._length = self.steps or size
         if isinstance(self._source, Iterator):
             self._once = self._source
+
+    @property
+    def length(self) -> int | None:
+        """Number of batches that are given; None if unknown."""
+        if self._length is None:
+            return None
+        return len(range(self._part, self._length, self._parts))
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
         for item in itertools.islice(self._items(), self.steps):
-            if count >= MAX_UNSIZED_BATCHES and self.length is None:
+            if count >= MAX_UNSIZED_BATCHES and self._length is None:
                 raise ValueError(
                     "`x` seems to be infinite. Received: more than "
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
                 )
-            batch = _to_tensors(item, count)
+            is_own = count % self._parts == self._part
+            batch = _to_tensors(item, count) if is_own else item
             # An iterator can be read once only, so what it gave is kept.
             if self._once is not None and count == len(self._kept):
                 self._kept.append(batch)
             count += 1
-            yield batch
+            if is_own:
+                yield batch
         if count == 0:
             raise ValueError(
                 "`x` is empty. Received: no batch at all. Pass at least one batch "
@@ -101,6 +113,20 @@ class Batches:
             )
         if self.steps is not None and count < self.steps:
             raise ValueError(_ran_out(count, self.steps))
+
+    def share(self, part: int, parts: int) -> None:
+        """From now on gives every `parts`-th batch only, from number `part` on."""
+        self._part, self._parts = part, parts
+
+    def number(self, index: int) -> int:
+        """The number in the data of the `index`-th batch that is given."""
+        return self._part + index * self._parts
+
+    def checksum(self) -> float:
+        """A number that almost surely tells other data, by their first batch."""
+        first = [leaf for leaf in tf.nest.flatten(next(iter(self))) if leaf is not None]
+        parts = [np.asarray(leaf).tobytes() for leaf in first]
+        return float(zlib.crc32(b"".join(parts)))
 
     def first(self, count: int) -> "First":
         """The first `count` batches, to be read as often as all of them."""
@@ -121,11 +147,6 @@ class Batches:
             yield item
 
 
-def _is_whole(value: Any) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and bool(float(value).is_integer())
-
-
 @dataclass(frozen=True)
 class First:
     """The first batches of others.
@@ -140,6 +161,14 @@ class First:
 
     def __iter__(self) -> Iterator[Batch]:
         return itertools.islice(self.batches, self.length)
+
+    def first(self, count: int) -> "First":
+        """The first `count` of these."""
+        return First(self.batches, min(count, self.length))
+
+    def number(self, index: int) -> int:
+        """The number in the data of the `index`-th batch that is given."""
+        return self.batches.number(index)
 
 
 def _ran_out(size: int, steps: int) -> str:
@@ -159,8 +188,8 @@ def _is_arrays(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    has_shape = hasattr(leaf, "shape") and hasattr(leaf, "__array__")
-    return has_shape and len(leaf.shape) > 0
+    has_parts = hasattr(leaf, "__array__") and hasattr(leaf, "__getitem__")
+    return has_parts and hasattr(leaf, "shape") and len(leaf.shape) > 0
 
 
 def _is_endless(x: Any) -> bool:
@@ -176,7 +205,11 @@ def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
         return x.prefetch(tf.data.AUTOTUNE), size if size >= 0 else None
     if isinstance(x, keras.utils.PyDataset):
         return _Indexed(x), _num_batches(x)
-    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, list, tuple, dict)):
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return _Distributed(x), None
+    is_scalar = hasattr(x, "shape") and not len(x.shape)
+    is_other = isinstance(x, (str, bytes, list, tuple, dict)) or is_scalar
+    if isinstance(x, Iterable) and not is_other:
         try:
             return x, len(x)  # type: ignore[arg-type]
         except TypeError:
@@ -199,7 +232,7 @@ def _describe(x: Any) -> str:
     if isinstance(x, (list, tuple, dict)):
         kinds = sorted({type(leaf).__name__ for leaf in tf.nest.flatten(x)})
         return f"{type(x).__name__} of {', '.join(kinds) or 'nothing'}"
-    return f"{x!r:.60} of type {type(x).__name__}"
+    return f"{shown(x)} of type {type(x).__name__}"
 
 
 def _to_tensors(item: Any, index: int) -> Batch:
@@ -266,7 +299,9 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
             "Write its `call` with `keras.ops.cond` or `keras.ops.where` instead."
         ) from error
     except _MISFITS as error:
-        shapes = tf.nest.map_structure(lambda leaf: tuple(leaf.shape), inputs)
+        shapes = tf.nest.map_structure(
+            lambda leaf: None if leaf is None else tuple(leaf.shape), inputs
+        )
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"Batch {index} of the data does not fit the model. Received: inputs of "
@@ -291,10 +326,11 @@ class _Arrays:
         if len(sizes) > 1:
             raise ValueError(
                 "All arrays must have the same number of samples. Received: arrays "
-                f"of {', '.join(map(str, sizes))} samples."
+                f"of {', '.join(map(str, sizes))} samples. Pass arrays with one row "
+                "for each sample."
             )
         self._samples = sizes[0]
-        self._batch_size = int(batch_size)
+        self._batch_size = min(int(batch_size), max(1, self._samples))
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)
@@ -323,3 +359,19 @@ class _Indexed:
         size = _num_batches(self._dataset)
         indices = itertools.count() if size is None else range(size)
         return (self._dataset[index] for index in indices)
+
+
+class _Distributed:
+    """A distributed dataset: what each replica of this process gets, as a batch."""
+
+    def __init__(self, dataset: tf.distribute.DistributedDataset) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._dataset:
+            leaves = tf.nest.flatten(item)
+            # Only a value that differs between replicas has values.
+            columns = [getattr(leaf, "values", (leaf,)) for leaf in leaves]
+            for parts in zip(*columns, strict=True):
+                if len(parts[0]):  # A replica may get nothing of the last batch.
+                    yield tf.nest.pack_sequence_as(item, parts)

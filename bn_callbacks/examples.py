@@ -2,11 +2,13 @@
 
 import keras
 
-from bn_callbacks.layers import examples_seen
+from bn_callbacks.layers import BatchNormLayer, examples_seen, replicas
 
 
 class ExampleCounter:
     """Finds the batch size from the number of examples that Keras' metrics count.
+
+    Of several replicas, the batch size of each.
 
     Args:
         model: The model in training.
@@ -14,18 +16,25 @@ class ExampleCounter:
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
+        self._replicas = replicas(model)
         self.batch_size: float | None = None
         self.last_batch_size: float | None = None
 
+    def batch_size_of(self, bn: BatchNormLayer) -> float | None:
+        """Examples in the batches whose statistics a layer uses."""
+        if self.batch_size is None or not bn.synchronized:
+            return self.batch_size
+        return self.batch_size * self._replicas
+
     def observe(self, steps: int) -> None:
         """Looks after `steps` steps of an epoch, all with full batches."""
-        seen = examples_seen(self._model)
+        seen = self._seen()
         if seen is not None and steps:
             self.batch_size = seen / steps
 
     def finish(self, steps: int | None) -> None:
         """Looks after all steps of an epoch, the last of which may be a smaller one."""
-        seen = examples_seen(self._model)
+        seen = self._seen()
         if seen is None or not steps:
             return
         if self.batch_size is None or steps == 1:
@@ -33,3 +42,7 @@ class ExampleCounter:
             return
         last = seen - self.batch_size * (steps - 1)
         self.last_batch_size = last if 0.5 < last < self.batch_size else None
+
+    def _seen(self) -> float | None:
+        seen = examples_seen(self._model)
+        return None if seen is None else seen / self._replicas

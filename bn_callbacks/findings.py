@@ -22,6 +22,9 @@ PATIENCE = 3.0
 """Memories of the average, `1/(1 − momentum)` updates, for which drift must last
 before it is called more than the turbulence at the start of any training."""
 
+WORSE = 2.0
+"""How many times as large the lag must be for a finding to be repeated."""
+
 TURBULENT = frozenset({DRIFTING, NOISY})
 """Causes that the start of any training may show for a while."""
 
@@ -39,7 +42,7 @@ UNCURABLE = frozenset(
 
 
 class Findings:
-    """Decides what to say in one `fit`, each finding once.
+    """Decides what to say in one `fit`: each finding once, and again if it worsens.
 
     Args:
         threshold: Lag above which something is said.
@@ -47,7 +50,7 @@ class Findings:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._said: set[str] = set()
+        self._said: dict[str, float] = {}
         self._since: dict[str, int] = {}
 
     def messages(
@@ -74,9 +77,13 @@ class Findings:
         self._since = {
             path: since for path, since in self._since.items() if path in turbulent
         }
-        new = [cause for cause in groups if cause not in self._said]
-        self._said.update(new)
-        return [_message(groups[cause], len(report.layers)) for cause in new]
+        messages = []
+        for cause, layers in groups.items():
+            size = layers[0].lag or 0.0
+            if cause not in self._said or size > WORSE * self._said[cause] > 0:
+                self._said[cause] = size
+                messages.append(_message(layers, len(report.layers)))
+        return messages
 
     def _is_due(self, layer: LayerReport, steps_left: int | None) -> bool:
         if steps_left == 0:

@@ -1,5 +1,7 @@
 """One pass over data: the population moments of every BN layer's input."""
 
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -7,8 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
-from bn_callbacks.data import Batch, fits, open_specs
+from bn_callbacks.data import Batch, Batches, fits, open_specs
+from bn_callbacks.distribution import Team
 from bn_callbacks.layers import (
     BatchNormLayer,
     batch_mode,
@@ -16,6 +20,7 @@ from bn_callbacks.layers import (
     forward,
     read,
     stateless,
+    strategy,
 )
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 
@@ -27,7 +32,7 @@ Entries: TypeAlias = list[tuple[BatchNormLayer, bool]]
 unbiased."""
 
 Until: TypeAlias = Callable[[list[Moments]], bool]
-Step: TypeAlias = Callable[[Batch], Seen]
+Step: TypeAlias = Callable[[Sequence[Batch], Any, int], tuple[Any, ...]]
 Note: TypeAlias = Callable[..., None]
 
 # Sums in float32 leave the mean off by up to about 4e-6 of itself (measured), which
@@ -48,6 +53,16 @@ class _Mode(NamedTuple):
     is_fast: bool
 
 
+class _Trace(threading.local):
+    """What is being traced for one replica; replicas are traced in threads."""
+
+    graph: Any
+    replica: int
+    given: Any
+    entries: Entries
+    seen: list[Seen]
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """What one pass has measured.
@@ -56,14 +71,49 @@ class Measurement:
         moments: Count, mean and M2 of each layer's input, per channel; a count
             of 0 for a layer that the data never reached.
         loss: Mean loss over the samples, or None where it was not asked for.
-        batches: Number of batches read.
+        batches: Number of batches read, by all workers.
         samples: Number of samples read.
+        own_batches: Number of batches that this worker has read.
     """
 
     moments: list[Moments]
     loss: float | None
     batches: int
     samples: int
+    own_batches: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Results:
+    """What the traced function returned for some batches, on the host.
+
+    Args:
+        numbers: The number of each batch in the data.
+        counts: Number of values in all channels, for each batch and entry.
+        means: Means of each batch, of all entries in one row.
+        variances: The same of the variances.
+        losses: Sum and number of the losses of each batch.
+        late: What was seen inside loops and branches, of each batch.
+    """
+
+    numbers: list[int]
+    counts: NDArray[np.float64]
+    means: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    late: dict[BatchNormLayer, list[Moments]]
+
+    def batch(self, index: int) -> "_Results":
+        """Those of one batch."""
+        one = slice(index, index + 1)
+        return _Results(
+            self.numbers[one],
+            self.counts[one],
+            self.means[one],
+            self.variances[one],
+            self.losses[one],
+            {bn: moments[one] for bn, moments in self.late.items()},
+        )
 
 
 class Population:
@@ -74,6 +124,9 @@ class Population:
     The moments of batches are pooled in float64, weighted by the number of elements.
     Each of the two modes is traced once, batches of any size share the trace, and
     results are fetched from the device now and then only.
+
+    In a distribution strategy each replica works on whole batches of its own, so that
+    the result is that of a single device. The data of all workers are pooled.
 
     Args:
         model: A built Keras model.
@@ -91,14 +144,17 @@ class Population:
         loss: bool = False,
     ) -> None:
         self.layers = list(layers)
+        self.team = Team(strategy(model))
         self._model = model
         self._dropout = dropout
         self._loss = loss
-        self._inputs = {bn: _Input(bn) for bn in layers}
+        ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
+        self._inputs = {
+            bn: _Input(bn, self.team, start)
+            for bn, start in zip(layers, ends, strict=False)
+        }
         self._order: list[BatchNormLayer] = []
         self._late: set[BatchNormLayer] = set()
-        self._loss_sums = tf.Variable(tf.zeros(2, tf.float64), trainable=False)
-        self._draws = tf.Variable(0, trainable=False)
         self._steps: dict[_Mode, tuple[Step, Entries]] = {}
         self._entries: Entries = []
         self._is_fast = True
@@ -112,15 +168,14 @@ class Population:
         target: int | None = None,
         verbose: int = 0,
     ) -> Measurement:
-        """Reads the batches once.
+        """Reads the batches once; all workers do, and get the same measurement.
 
         Args:
-            batches: Batches as `Batches` gives them; something that can be read
-                again, since data with a mean far from 0 are read twice.
+            batches: The data, which are read twice if their mean is far from 0.
             statistics: What each layer normalises with; `None` for the statistics
                 of each batch.
             until: Makes a function that gets the moments of each batch, and ends
-                the pass by returning True.
+                the pass by returning True (on all workers).
             target: Number of batches to come, for the progress bar.
             verbose: 0 is silent, 1 shows a progress bar.
 
@@ -132,12 +187,26 @@ class Population:
                 not finite in some batch. With given statistics, which may be what
                 makes activations overflow, only if no statistics reach that input;
                 the moments are not finite otherwise.
+            RuntimeError: Another worker has failed.
         """
         result = self._pass(batches, statistics, until, target, verbose)
         if self._is_fast and self._is_inexact(result.moments):
             self._is_fast = False
             result = self._pass(batches, statistics, until, target, verbose)
         return result
+
+    def share(self, batches: Batches) -> None:
+        """Divides data among the workers, if they have all been given the same.
+
+        They have if their first batches are equal, bit for bit. Otherwise each is
+        taken to have been given its own share.
+        """
+        if self.team.workers > 1:
+            with self.team.agreed():
+                own = batches.checksum()
+            sums = self.team.gather(np.array([own]))
+            if (sums == sums[0]).all():
+                batches.share(self.team.worker, self.team.workers)
 
     def _pass(
         self,
@@ -147,82 +216,110 @@ class Population:
         target: int | None,
         verbose: int,
     ) -> Measurement:
-        self._loss_sums.assign(tf.zeros(2, tf.float64))
-        # Dropout draws anew for each batch, and the same in each pass.
-        self._draws.assign(0)
         for bn in self._late:  # What a pass that was interrupted has left.
             self._inputs[bn].take_late()
-        if statistics is not None:
-            for bn, given in zip(self.layers, statistics, strict=True):
-                self._inputs[bn].use(given)
-        step = self._step(_Mode(statistics is not None, self._is_fast))
+        is_fixed = statistics is not None
+        step = self._step(_Mode(is_fixed, self._is_fast))
+        given = tf.constant(np.concatenate([*itertools.chain(*statistics or ()), []]))
         bar = keras.utils.Progbar(target, verbose=1) if verbose else None
         is_enough = until() if until is not None else None
         pooled = [Moments.empty(bn.channels) for bn in self.layers]
-        pending: list[Seen] = []
+        losses = np.zeros(2)
+        source = iter(batches)
+        number = getattr(batches, "number", int)  # any iterable will do
         count = samples = 0
-        for batch in batches:
-            with fits(self._model.name, batch[0], count):
-                pending.append(step(batch))
-            count += 1
-            samples += _samples(batch[0])
-            if bar is not None:
-                bar.update(count)
-            if is_enough or self._late or len(pending) == MAX_PENDING:
-                new = self._fetch(pending, count, statistics is not None)
-                pooled = [old.merge(one) for old, one in zip(pooled, new, strict=True)]
-                pending.clear()
+
+        def take(pending: list[tuple[list[int], tuple[Any, ...]]]) -> bool:
+            """Pools what is pending; whether it is enough."""
+            nonlocal pooled, losses
+            if not pending:
+                return False
+            results = self._fetch(pending)
+            pending.clear()
+            each = [results]
+            if is_enough is not None:
+                each = [results.batch(index) for index in range(len(results.numbers))]
+            for one in each:
+                new = self._moments(one, is_fixed)
+                pooled = [
+                    old.merge(part) for old, part in zip(pooled, new, strict=True)
+                ]
+                losses = losses + one.losses.sum(axis=0)
                 if is_enough is not None and is_enough(new):
-                    break
-        new = self._fetch(pending, count, statistics is not None)
-        pooled = [old.merge(one) for old, one in zip(pooled, new, strict=True)]
+                    return True
+            return False
+
+        def work() -> tuple[bool, bool]:
+            """Reads some batches; whether they were the last, and whether enough."""
+            nonlocal count, samples
+            pending: list[tuple[list[int], tuple[Any, ...]]] = []
+            for _ in range(MAX_PENDING):
+                group = list(itertools.islice(source, self.team.replicas))
+                if not group:
+                    return True, take(pending)
+                numbers = [number(count + i) for i in range(len(group))]
+                with fits(self._model.name, group[0][0], numbers[0]):
+                    pending.append((numbers, step(group, given, count)))
+                count += len(group)
+                samples += sum(_samples(batch[0]) for batch in group)
+                if bar is not None:
+                    bar.update(count)
+                if (is_enough is not None or self._late) and take(pending):
+                    return False, True
+            return False, take(pending)
+
+        while True:
+            with self.team.agreed():
+                ended, enough = work()
+            if self.team.everywhere(ended or enough):
+                break
         if bar is not None and count != target:
             bar.update(count, finalize=True)
-        total, weight = self._loss_sums.numpy()
-        return Measurement(
-            moments=pooled,
-            loss=float(total / weight) if weight else None,
-            batches=count,
-            samples=samples,
+        rows = self.team.gather(_flat([count, samples, *losses], pooled))
+        return _measurement(rows, self.layers, count)
+
+    def _fetch(self, pending: list[tuple[list[int], tuple[Any, ...]]]) -> _Results:
+        """Awaits the results of some steps, without those of idle replicas."""
+        numbers = [number for group, _ in pending for number in group]
+        places = range(self.team.replicas)
+        is_real = [place < len(group) for group, _ in pending for place in places]
+        counts, means, variances, losses = (
+            np.concatenate([np.asarray(part, np.float64) for part in column])[is_real]
+            for column in zip(*(result for _, result in pending), strict=True)
         )
+        late = {bn: self._inputs[bn].take_late()[: len(numbers)] for bn in self._late}
+        return _Results(numbers, counts, means, variances, losses, late)
 
-    def _fetch(
-        self, pending: Sequence[Seen], count: int, is_fixed: bool
-    ) -> list[Moments]:
-        """Moments of each layer over the last batches, which are thereby awaited.
-
-        Args:
-            pending: What the traced function returned for each of them.
-            count: Number of batches so far.
-            is_fixed: Whether layers normalise with given statistics.
+    def _moments(self, results: _Results, is_fixed: bool) -> list[Moments]:
+        """Moments of each layer over some batches.
 
         Raises:
             ValueError: Something in them is not finite.
         """
         bad: dict[BatchNormLayer, int] = {}
         parts = {bn: [Moments.empty(bn.channels)] for bn in self.layers}
-        for bn in self._late:
-            parts[bn].append(self._inputs[bn].take_late())
-            if not np.isfinite(parts[bn][-1].m2).all():
-                bad[bn] = count - 1
-        if pending and self._entries:
-            counts, means, variances = (
-                np.stack([part.numpy() for part in column]).astype(np.float64)
-                for column in zip(*pending, strict=True)
+
+        def add(bn: BatchNormLayer, moments: Moments, is_bad: Any) -> None:
+            parts[bn].append(moments)
+            if np.any(is_bad):
+                first = results.numbers[int(np.argmax(is_bad))]
+                bad[bn] = min(first, bad.get(bn, first))
+
+        for bn, late in results.late.items():
+            add(bn, pool(late), [not np.isfinite(one.m2).all() for one in late])
+        start = 0
+        for index, (bn, is_unbiased) in enumerate(self._entries):
+            end = start + bn.channels
+            n = results.counts[:, index] / bn.channels
+            mean, variance = (
+                results.means[:, start:end],
+                results.variances[:, start:end],
             )
-            start = 0
-            for index, (bn, is_unbiased) in enumerate(self._entries):
-                end = start + bn.channels
-                n = counts[:, index] / bn.channels
-                mean, variance = means[:, start:end], variances[:, start:end]
-                start = end
-                if is_unbiased:
-                    variance = variance * ((n - 1) / np.maximum(n, 1))[:, None]
-                is_bad = ~np.isfinite(mean + variance).all(axis=1) & (n > 0)
-                if is_bad.any():
-                    first = count - len(pending) + int(np.argmax(is_bad))
-                    bad[bn] = min(first, bad.get(bn, first))
-                parts[bn].append(pool_batches(n, mean, variance))
+            start = end
+            if is_unbiased:
+                variance = variance * ((n - 1) / np.maximum(n, 1))[:, None]
+            is_bad = ~np.isfinite(mean + variance).all(axis=1) & (n > 0)
+            add(bn, pool_batches(n, mean, variance), is_bad)
         self._raise_bad(bad, is_fixed)
         return [pool(parts[bn]) for bn in self.layers]
 
@@ -256,67 +353,81 @@ class Population:
         return step
 
     def _make_step(self, mode: _Mode) -> tuple[Step, Entries]:
-        graph: Any = None
         structure: Any = None
         entries: Entries = []
-        seen: list[Seen] = []
+        trace = _Trace()
 
         def note(bn: BatchNormLayer, one: Seen, is_unbiased: bool = False) -> None:
             if bn not in self._order:
                 self._order.append(bn)
-            if tf.compat.v1.get_default_graph() is graph:
-                entries.append((bn, is_unbiased))
-                seen.append(one)
+            if tf.compat.v1.get_default_graph() is trace.graph:
+                trace.entries.append((bn, is_unbiased))
+                trace.seen.append(one)
             else:
                 # Inside a loop or branch tensors cannot leave, variables can.
                 self._late.add(bn)
-                self._inputs[bn].add_late(one, is_unbiased)
+                self._inputs[bn].add_late(one, is_unbiased, trace.replica)
 
         def moments(bn: BatchNormLayer) -> Any:
-            return lambda x, mask: self._inputs[bn].moments(x, mask, mode, note)
+            return lambda x, mask: self._inputs[bn].moments(
+                x, mask, mode.is_fast, trace.given, note
+            )
 
         def whole(bn: BatchNormLayer) -> Any:
-            return lambda x, mask: self._inputs[bn].whole(x, mask, mode, note)
+            return lambda x, mask: self._inputs[bn].whole(x, mask, trace.given, note)
+
+        def on_replica(replica: int, batch: Batch, given: Any, salt: Any) -> Any:
+            trace.graph = tf.compat.v1.get_default_graph()
+            trace.replica, trace.given = replica, given if mode.is_fixed else None
+            trace.entries, trace.seen = [], []
+            with stateless(self._model, None if salt is None else salt + replica):
+                outputs = forward(self._model, batch[0], training=self._dropout)
+                losses = tf.zeros(2, tf.float64)
+                if self._loss and batch[1] is not None:
+                    losses = self._weighted_loss(batch, outputs)
+            entries[:] = trace.entries
+            if not trace.seen:
+                return (*(tf.zeros(0),) * 3, losses)
+            counts, means, variances = zip(*trace.seen, strict=True)
+            return tf.stack(counts), _concat(means), _concat(variances), losses
 
         @tf.function(reduce_retracing=True, autograph=False)
-        def traced(*tensors: Any) -> Any:
-            nonlocal graph
-            graph = tf.compat.v1.get_default_graph()
-            batch = tf.nest.pack_sequence_as(structure, tensors)
-            entries.clear()
-            seen.clear()
-            salt = self._draws.assign_add(1) if self._dropout else None
-            with stateless(self._model, salt):
-                fast = whole if mode.is_fast else None
-                with batch_mode(self._model, self.layers, moments, fast):
-                    outputs = forward(self._model, batch[0], training=self._dropout)
-                if self._loss and batch[1] is not None:
-                    self._add_loss(batch, outputs)
-            if not seen:
-                return (tf.zeros(0),) * 3
-            counts, means, variances = zip(*seen, strict=True)
-            return tf.stack(counts), _concat(means), _concat(variances)
+        def traced(given: Any, salt: Any, *tensors: Any) -> Any:
+            size = len(tensors) // self.team.replicas
+            batches = [
+                tf.nest.pack_sequence_as(structure, tensors[start : start + size])
+                for start in range(0, len(tensors), size)
+            ]
+            fast = whole if mode.is_fast else None
+            with batch_mode(self._model, self.layers, moments, fast):
+                results = self.team.run(
+                    lambda replica: on_replica(replica, batches[replica], given, salt)
+                )
+            return [tf.stack(column) for column in zip(*results, strict=True)]
 
-        def step(batch: Batch) -> Seen:
+        def step(group: Sequence[Batch], given: Any, count: int) -> tuple[Any, ...]:
             nonlocal structure
             # Few and flat arguments: their nesting costs more than a small model.
-            used = batch if self._loss else batch[:1]
-            tensors = tf.nest.flatten(used)
+            used = [batch if self._loss else batch[:1] for batch in group]
+            # A replica for which no batch is left works on another's, for nothing.
+            used += used[:1] * (self.team.replicas - len(used))
+            tensors = [tensor for batch in used for tensor in tf.nest.flatten(batch)]
+            # Dropout draws anew for each batch, and the same in each pass.
+            salt = tf.constant(count + 1) if self._dropout else None
             if structure is None:
-                structure = tf.nest.map_structure(lambda _: None, used)
-                traced.get_concrete_function(*open_specs(tensors))
-            tf.nest.assert_same_structure(structure, used)
-            result: Seen = traced(*tensors)
+                structure = tf.nest.map_structure(lambda _: None, used[0])
+                traced.get_concrete_function(given, salt, *open_specs(tensors))
+            for batch in used:
+                tf.nest.assert_same_structure(structure, batch)
+            result: tuple[Any, ...] = traced(given, salt, *tensors)
             return result
 
         return step, entries
 
-    def _add_loss(self, batch: Batch, outputs: Any) -> None:
+    def _weighted_loss(self, batch: Batch, outputs: Any) -> Any:
         loss = compute_loss(self._model, batch, outputs)
         weight = tf.cast(tf.shape(tf.nest.flatten(batch[0])[0])[0], tf.float64)
-        self._loss_sums.assign_add(
-            tf.stack([tf.cast(loss, tf.float64) * weight, weight])
-        )
+        return tf.stack([tf.cast(loss, tf.float64) * weight, weight])
 
     def _is_inexact(self, measured: list[Moments]) -> bool:
         for bn, moments in zip(self.layers, measured, strict=True):
@@ -331,36 +442,40 @@ class Population:
 class _Input:
     """One layer's input: what to normalise it with, and how to look at it."""
 
-    def __init__(self, bn: BatchNormLayer) -> None:
+    def __init__(self, bn: BatchNormLayer, team: Team, start: int) -> None:
         size = bn.channels
         self.bn = bn
-        self._mean = tf.Variable(tf.zeros(size, tf.float64), trainable=False)
-        self._variance = tf.Variable(tf.ones(size, tf.float64), trainable=False)
+        self._team = team
+        self._slices = slice(start, start + size), slice(start + size, start + 2 * size)
         stored = read([bn])[0].mean
-        pilot = np.where(np.isfinite(stored), stored, 0.0)
-        self._pilot = tf.Variable(pilot, trainable=False)
+        self._pilot = np.where(np.isfinite(stored), stored, 0.0)
         # What is seen inside loops and branches: Σn, Σn(m − p) and Σn(v + (m − p)²)
         # over counts n, means m and variances v, about the pilot mean p.
-        self._sums = tf.Variable(tf.zeros(1 + 2 * size, tf.float64), trainable=False)
+        self._sums = [
+            tf.Variable(tf.zeros(1 + 2 * size, tf.float64), trainable=False)
+            for _ in range(team.replicas)
+        ]
 
-    def use(self, statistics: Statistics) -> None:
-        """Sets the statistics to normalise with."""
-        self._mean.assign(statistics.mean)
-        self._variance.assign(statistics.variance)
+    def _given(self, given: Any, dtype: Any) -> tuple[Any, Any]:
+        """Mean and variance to normalise with, out of those given for all layers."""
+        mean, variance = (given[part] for part in self._slices)
+        return self.bn.as_read(mean, variance, dtype)
 
-    def moments(self, x: Any, mask: Any, mode: _Mode, note: Note) -> tuple[Any, Any]:
+    def moments(
+        self, x: Any, mask: Any, is_fast: bool, given: Any, note: Note
+    ) -> tuple[Any, Any]:
         """Stands in for `layer._moments`: notes, and returns what to normalise with."""
-        size, mean, variance = _moments(x, mask, self.bn.layer.axis, mode.is_fast)
+        size, mean, variance = _moments(x, mask, self.bn.layer.axis, is_fast)
         note(self.bn, (size, mean, variance))
-        if mode.is_fixed:
-            return self.bn.as_read(self._mean, self._variance, x.dtype)
+        if given is not None:
+            return self._given(given, x.dtype)
         if mask is not None:
             # A batch that is masked entirely has nothing to normalise with.
             mean = tf.where(size > 0, mean, tf.cast(self._pilot, mean.dtype))
             variance = tf.where(size > 0, variance, tf.ones_like(variance))
         return tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
 
-    def whole(self, x: Any, mask: Any, mode: _Mode, note: Note) -> Any:
+    def whole(self, x: Any, mask: Any, given: Any, note: Note) -> Any:
         """Output and moments in one kernel; None where the kernel does not apply."""
         layer = self.bn.layer
         if (
@@ -380,13 +495,13 @@ class _Input:
             x, gamma, beta, epsilon=layer.epsilon, is_training=True
         )
         note(self.bn, (tf.size(x), mean, variance), is_unbiased=True)
-        if mode.is_fixed:
-            mean, variance = self.bn.as_read(self._mean, self._variance, x.dtype)
+        if given is not None:
+            mean, variance = self._given(given, x.dtype)
             scale = gamma * tf.math.rsqrt(variance + layer.epsilon)
             outputs = x * scale + (beta - mean * scale)
         return tf.cast(outputs, layer.compute_dtype)
 
-    def add_late(self, seen: Seen, is_unbiased: bool) -> None:
+    def add_late(self, seen: Seen, is_unbiased: bool, replica: int) -> None:
         """Pools in the graph, inside a loop or branch."""
         size, mean, variance = seen
         count = tf.cast(size, tf.float64) / self.bn.channels
@@ -397,14 +512,18 @@ class _Input:
         sums = count * tf.concat([[1.0], shift, variance + tf.square(shift)], axis=0)
         # The mean of nothing is not a number.
         sums = tf.where(count > 0, sums, 0.0)
-        self._sums.assign_add(sums)
+        self._sums[replica].assign_add(sums)
 
-    def take_late(self) -> Moments:
-        """What `add_late` has pooled since the last call."""
-        sums = self._sums.numpy()
-        self._sums.assign(np.zeros_like(sums))
-        first, second = sums[1:].reshape(2, -1)
-        return Moments.from_sums(float(sums[0]), self._pilot.numpy(), first, second)
+    def take_late(self) -> list[Moments]:
+        """What `add_late` has pooled on each replica since the last call."""
+        taken = []
+        for sums in self._sums:
+            # Inside a strategy's scope even this variable has a part on each replica.
+            count, *rest = sum(part.numpy() for part in self._team.parts(sums))
+            sums.assign(tf.zeros_like(sums))
+            first, second = np.reshape(rest, (2, -1))
+            taken.append(Moments.from_sums(float(count), self._pilot, first, second))
+        return taken
 
 
 def _moments(x: Any, mask: Any, axis: int, is_fast: bool) -> Seen:
@@ -452,3 +571,31 @@ def _concat(vectors: Sequence[Any]) -> Any:
 
 def _samples(inputs: Any) -> int:
     return int(tf.nest.flatten(inputs)[0].shape[0] or 0)
+
+
+def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float64]:
+    """What a worker tells the others of its part of a pass."""
+    parts = [(np.array([one.count]), one.mean, one.m2) for one in moments]
+    return np.concatenate([np.asarray(own), *itertools.chain(*parts)])
+
+
+def _measurement(
+    rows: NDArray[np.float64], layers: Sequence[BatchNormLayer], own_batches: int
+) -> Measurement:
+    """Pools what all workers have told, which gives the same on each of them."""
+    batches, samples, loss, weight = rows[:, :4].sum(axis=0)
+    moments, start = [], 4
+    for bn in layers:
+        mean, m2 = start + 1, start + 1 + bn.channels
+        end = m2 + bn.channels
+        moments.append(
+            pool(Moments(row[start], row[mean:m2], row[m2:end]) for row in rows)
+        )
+        start = end
+    return Measurement(
+        moments=moments,
+        loss=float(loss / weight) if weight else None,
+        batches=int(batches),
+        samples=int(samples),
+        own_batches=own_batches,
+    )

@@ -44,6 +44,7 @@ class Probe:
             layers = [bn for bn in find(model) if bn.trainable]
         self.layers = layers
         self._population = Population(model, layers, loss=True)
+        self._is_shared = False
 
     def measure(
         self, batch_size: float | None = None
@@ -57,11 +58,18 @@ class Probe:
         if batch_size is not None:
             size = max(1, round(batch_size))
             self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
-        batch = self._population.measure(self._batches).loss
-        return batch, self.inference_loss(read(self.layers))
+            self._is_shared = False
+        return self._loss(None), self.inference_loss(read(self.layers))
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
         """The loss if the layers stored these statistics."""
-        if not is_finite(statistics):
+        # Replicas of other workers may store something else.
+        if not self._population.team.everywhere(is_finite(statistics)):
             return math.nan
+        return self._loss(statistics)
+
+    def _loss(self, statistics: list[Statistics] | None) -> float | None:
+        if not self._is_shared:
+            self._population.share(self._batches)
+            self._is_shared = True
         return self._population.measure(self._batches, statistics).loss

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import numbers
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -12,7 +11,16 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_flag,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
 from bn_callbacks.data import Batches, fits, open_specs
+from bn_callbacks.distribution import Team
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -21,10 +29,12 @@ from bn_callbacks.layers import (
     count_inputs,
     find,
     read,
+    read_replicas,
     restore,
     runs_in_training_mode,
     snapshot,
     steps_made,
+    strategy,
 )
 from bn_callbacks.population import Population, Until
 from bn_callbacks.probe import Probe
@@ -94,19 +104,25 @@ def recalibrate(
         ValueError: No BN layer to recalibrate, or data that are empty, endless, of a
             wrong structure or not finite.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    >>> x = np.random.default_rng(0).normal(5, 2, (256, 4)).astype("float32")
-    >>> report = recalibrate(model, x, verbose=0)
-    >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(0), atol=1e-4))
-    True
-    >>> report.undo()
-    >>> model.layers[0].moving_mean.numpy().tolist()
-    [0.0, 0.0, 0.0, 0.0]
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization()]
+        ... )
+        >>> x = np.random.default_rng(0).normal(5, 2, (256, 4)).astype("float32")
+        >>> report = recalibrate(model, x, verbose=0)
+        >>> bool(np.allclose(model.layers[0].moving_mean, x.mean(0), atol=1e-4))
+        True
+        >>> report.undo()
+        >>> model.layers[0].moving_mean.numpy().tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
-    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
+    with Team(strategy(model)).agreed():
+        check_options(refine, tolerance, dropout, verbose)
+        batches = Batches(
+            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+        )
     return Recalibration(
         model,
         batches,
@@ -137,14 +153,16 @@ def recalibrated(
         TypeError: As `recalibrate`.
         ValueError: As `recalibrate`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-    >>> with recalibrated(model, np.full((8, 4), 3.0), verbose=0):
-    ...     print(model.layers[0].moving_mean.numpy().tolist())
-    [3.0, 3.0, 3.0, 3.0]
-    >>> model.layers[0].moving_mean.numpy().tolist()
-    [0.0, 0.0, 0.0, 0.0]
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization()]
+        ... )
+        >>> with recalibrated(model, np.full((8, 4), 3.0), verbose=0):
+        ...     print(model.layers[0].moving_mean.numpy().tolist())
+        [3.0, 3.0, 3.0, 3.0]
+        >>> model.layers[0].moving_mean.numpy().tolist()
+        [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
     saved = snapshot(find(model))
@@ -180,34 +198,42 @@ def audit(
         TypeError: `model` is not a Keras 3 model.
         ValueError: Data that are empty, endless, of a wrong structure or not finite.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
-    ... )
-    >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
-    >>> 4.8 < report.max_lag < 5.2
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
+        ... )
+        >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
+        >>> 4.8 < report.max_lag < 5.2
+        True
     """
     check_model(model)
     found = find(model, layers)
     stored = read(found)
     if x is None or not found:
         return _report(found, stored, [None] * len(found), model)
-    batches = Batches(x, batch_size=batch_size, steps=steps, inputs=count_inputs(model))
-    has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
-    targets, *_ = _split(model, found, batches)
+    team = Team(strategy(model))
+    with team.agreed():
+        batches = Batches(
+            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+        )
+        has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
+        targets, *_ = _split(model, found, batches)
+        in_inference = Population(model, found, loss=has_loss)
+        by_batch = Population(model, targets, loss=has_loss)
+    in_inference.share(batches)
     loss_batch = loss_inference = None
     seen: dict[BatchNormLayer, Statistics] = {}
-    if is_finite(stored):
+    # Replicas of other workers may store something else.
+    if team.everywhere(is_finite(stored)):
         # Frozen layers, and those that never train, see only this side.
-        inference = Population(model, found, loss=has_loss).measure(batches, stored)
+        inference = in_inference.measure(batches, stored)
         seen.update(seen_by(found, inference, stored))
         loss_inference = inference.loss
     elif has_loss:
         loss_inference = math.nan
     if targets or has_loss:
-        batch = Population(model, targets, loss=has_loss).measure(batches)
+        batch = by_batch.measure(batches)
         seen.update(seen_by(targets, batch, read(targets)))
         loss_batch = batch.loss
     return _report(
@@ -239,20 +265,28 @@ class Recalibration:
         layers: LayerSelection = None,
         validation_data: Any = None,
     ) -> None:
-        check_options(refine, tolerance)
         self._model = model
         self._tolerance = tolerance
-        self._refine = refine
+        self._refine: int | Literal["auto"] = (
+            refine if refine == "auto" else int(refine)
+        )
         self._batches = batches
-        self._targets, self._skipped, self._uncalled = _targets(model, layers, batches)
-        self._population = Population(model, self._targets, dropout=dropout)
+        self._team = Team(strategy(model))
         self._validation: Probe | None = None
-        if validation_data is not None:
-            self._validation = Probe(model, validation_data, self._targets)
+        with self._team.agreed():
+            self._targets, self._skipped, self._uncalled = _targets(
+                model, layers, batches
+            )
+            self._population = Population(model, self._targets, dropout=dropout)
+            if validation_data is not None:
+                self._validation = Probe(model, validation_data, self._targets)
+        self._population.share(batches)
 
     def run(self, verbose: int | Literal["auto"]) -> RecalibrationReport:
         """Measures, decides and writes, as `recalibrate` describes it."""
         show = 1 if verbose == "auto" else int(verbose)
+        if not self._team.is_chief:
+            show = 0
         targets = self._targets
         first = self._population.measure(
             self._batches,
@@ -260,7 +294,7 @@ class Recalibration:
             target=self._batches.length,
             verbose=show,
         )
-        batches = self._batches.first(first.batches)
+        batches = self._batches.first(first.own_batches)
         reached = [moments.count > 0 for moments in first.moments]
         if not any(reached):
             raise ValueError(
@@ -288,7 +322,12 @@ class Recalibration:
         saved = snapshot(targets)
         if committed:
             written = [i for i, is_reached in enumerate(reached) if is_reached]
-            assign([targets[i] for i in written], [new[i] for i in written])
+            try:
+                with self._team.agreed():
+                    assign([targets[i] for i in written], [new[i] for i in written])
+            except BaseException:
+                restore(saved)
+                raise
         unreached = [
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
@@ -334,20 +373,23 @@ class Recalibration:
         return is_precise
 
 
-def check_options(refine: Any, tolerance: Any) -> None:
+def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> None:
     """Raises a ValueError for values that `recalibrate` does not take."""
-    is_number = isinstance(refine, int) and not isinstance(refine, bool)
-    if refine != "auto" and not (is_number and refine >= 0):
+    if not (is_word(refine, "auto") or is_whole(refine, 0)):
         raise ValueError(
             "`refine` must be 'auto' or a number of further passes, 0 or more. "
-            f"Received: refine={refine!r}."
+            f"Received: refine={shown(refine)}."
         )
-    is_number = isinstance(tolerance, numbers.Real)
-    if tolerance is not None and not (is_number and tolerance > 0):
+    if not (tolerance is None or is_positive(tolerance)):
         raise ValueError(
             "`tolerance` must be None or a positive standard error, in standard "
-            f"deviations. Received: tolerance={tolerance!r}."
+            f"deviations. Received: tolerance={shown(tolerance)}."
         )
+    if not is_flag(dropout):
+        raise ValueError(
+            f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
+        )
+    check_verbose(verbose)
 
 
 def _targets(
@@ -419,7 +461,8 @@ def _report(
     report = BatchNormReport(loss_batch=loss_batch, loss_inference=loss_inference)
     steps = steps_made(model)
     evidence = []
-    for bn, moving, batch in zip(layers, stored, seen, strict=True):
+    replicas = read_replicas(model, layers)
+    for bn, moving, batch, each in zip(layers, stored, seen, replicas, strict=True):
         start = bn.initial
         is_initial = all(map(np.array_equal, moving, start))
         evidence.append(
@@ -432,6 +475,7 @@ def _report(
                 trainable=bn.trainable,
                 updates=steps * bn.calls if steps or is_initial else None,
                 start=start,
+                replicas=each,
                 is_still=bool(steps) and is_initial,
                 is_initial=is_initial,
                 precision=bn.precision,

@@ -1,6 +1,5 @@
 """Passes that make statistics agree with what inference sees."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -52,7 +51,7 @@ def refine_statistics(
         return new, lags(layers, measure(new), new), 2 + refine
 
     if length >= 8 * FEW_BATCHES:
-        few = list(itertools.islice(batches, FEW_BATCHES))
+        few = batches.first(FEW_BATCHES)
         by_batch = [moments.statistics for moments in population.measure(few).moments]
         left = lags(layers, population.measure(few, new), by_batch)
         if largest(left) <= RESIDUAL_LIMIT / 10:

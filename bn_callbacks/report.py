@@ -58,6 +58,8 @@ class LayerReport:
         batch_noise: Standard deviation of one batch's statistics that sampling
             causes, in standard deviations of the input.
         batch_variation: Coefficient of variation of the batches' variances.
+        disagreement: Largest lag of a replica's moving statistics behind those of
+            all replicas; None without several of them.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
     """
 
@@ -74,6 +76,7 @@ class LayerReport:
     design_effect: float | None = None
     batch_noise: float | None = None
     batch_variation: float | None = None
+    disagreement: float | None = None
     advice: str = ""
 
 
@@ -157,8 +160,8 @@ class BatchNormReport:
             "worst": self.worst.path if self.worst else None,
             "lagging": [layer.path for layer in self.lagging],
         }
-        plain: dict[str, Any] = _plain(values)
-        return plain
+        result: dict[str, Any] = plain(values)
+        return result
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draws the lag of each layer as a bar, with the noise floor marked.
@@ -201,7 +204,7 @@ class BatchNormReport:
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
-        lines = [_table([list(_COLUMNS), *self._rows()]), *self._notes()]
+        lines = [table([list(_COLUMNS), *self._rows()]), *self._notes()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -345,14 +348,20 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Rows of cells, aligned.
+
+    Args:
+        rows: The rows, equally long; headings first.
+        left: Number of columns that hold names, to the left. The rest are figures,
+            to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        # Names to the left, figures to the right.
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
-        cells += [
-            cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -366,11 +375,12 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{row('th', head)}{''.join(row('td', r) for r in rows)}</table>"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as `json.dumps` takes it: numbers that are not finite as strings."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

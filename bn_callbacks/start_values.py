@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, Reader, assign, versions
-from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import debias, start_weight
 
 
@@ -42,7 +42,8 @@ class StartValues:
         self._versions = np.array(versions(layers), int)
         if is_late:
             initial = [part for bn in layers for part in _initial(bn)]
-            self._start = np.concatenate([*initial, np.zeros(0)])
+            start = np.concatenate([*initial, np.zeros(0)])
+            self._start = np.tile(start, (len(self._now), 1))
         elif before is not None and before._is_of(layers):
             goes_on = self._reader.all_per_layer(before._now == self._now)
             self._weights = np.where(goes_on, before._weights, 1.0)
@@ -102,7 +103,9 @@ class StartValues:
             now, start = (
                 self._reader.averages(flat, index) for flat in (self._now, self._start)
             )
-            mean, variance = bn.statistics(debias(now, start, weight))
+            mean, variance = pool_replicas(
+                [bn.statistics(each) for each in debias(now, start, weight)]
+            )
             if np.isfinite(mean).all() and np.isfinite(variance).all():
                 chosen.append(bn)
                 values.append(Statistics(mean, np.maximum(variance, 0)))

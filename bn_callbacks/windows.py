@@ -16,7 +16,7 @@ from bn_callbacks.layers import (
     versions,
 )
 from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence
-from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import (
     start_weight,
     window_noise,
@@ -104,10 +104,7 @@ class Windows:
         bn = self.layers[index]
         if bn.momentum == 1:
             return None
-        series = [
-            [self._batch(w.old, w.new, w.steps, index) for w in epoch]
-            for epoch in (before, after)
-        ]
+        series = [self._batches(epoch, index) for epoch in (before, after)]
         means = np.array([[w.mean for w in epoch] for epoch in series])
         unit = np.mean([w.variance for w in series[1]], axis=0) + bn.epsilon
         spread = float(np.mean(means.var(axis=1) / unit))
@@ -188,9 +185,7 @@ class Windows:
             updates=updates,
             total_updates=None if total_steps is None else total_steps * bn.calls,
             start=self._part(self._start, index) if updates else None,
-            windows=[self._batch(w.old, w.new, w.steps, index) for w in equal]
-            if bn.momentum < 1
-            else [],
+            windows=self._batches(equal, index) if bn.momentum < 1 else [],
             window_updates=equal[0].steps * bn.calls if equal else None,
             window_share=window_noise(bn.momentum, equal[0].steps * bn.calls)
             if equal
@@ -202,6 +197,9 @@ class Windows:
             is_pinned=id(bn.layer) in self._pinned,
             precision=bn.precision,
             has_mixed_calls=bn.calls > 1 or self._is_own_step,
+            replicas=self._replicas(self._now, index)
+            if len(self._now) > 1 and len(equal) >= MIN_WINDOWS
+            else [],
             recurrence=self._recurrence(index),
             threshold=threshold,
         )
@@ -222,21 +220,47 @@ class Windows:
         if len(windows) > 1 and windows[-2].new is old and steps < windows[-2].steps:
             # The rest of an epoch may be a step or two, too few to go by.
             old, steps = windows[-2].old, steps + windows[-2].steps
-        batch = self._batch(old, last.new, steps, index)
+        batch = self._batch(old, last.new, steps, index, None)
         count = steps * bn.calls
         is_long = start_weight(bn.momentum, count) < LONG_WINDOW
         is_warm = start_weight(bn.momentum, max(0, updates - count)) <= FORGOTTEN
         return batch, self._part(old, index) if is_long and is_warm else None
 
-    def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
+    def _batch(
+        self, old: Flat, new: Flat, steps: int, index: int, replicas: int | None = 1
+    ) -> Statistics:
+        """Batch statistics of a window, on the first replicas; None for all."""
         bn = self.layers[index]
         before, after = (self._reader.averages(flat, index) for flat in (old, new))
-        return bn.statistics(
-            window_statistic(before, after, bn.momentum, steps * bn.calls)
+        pairs = zip(before[:replicas], after[:replicas], strict=True)
+        return pool_replicas(
+            [
+                bn.statistics(window_statistic(*pair, bn.momentum, steps * bn.calls))
+                for pair in pairs
+            ]
         )
 
+    def _batches(self, windows: Sequence[_Window], index: int) -> list[Statistics]:
+        """Batch statistics of equally long windows, on the first replica."""
+        if not windows:
+            return []
+        bn = self.layers[index]
+        old, new = (
+            np.stack([self._reader.averages(flat, index)[0] for flat in side])
+            for side in ([w.old for w in windows], [w.new for w in windows])
+        )
+        updates = windows[0].steps * bn.calls
+        return [
+            bn.statistics(averages)
+            for averages in window_statistic(old, new, bn.momentum, updates)
+        ]
+
     def _part(self, flat: Flat, index: int) -> Statistics:
-        return self.layers[index].statistics(self._reader.averages(flat, index))
+        return self._replicas(flat, index)[0]
+
+    def _replicas(self, flat: Flat, index: int) -> list[Statistics]:
+        averages = self._reader.averages(flat, index)
+        return [self.layers[index].statistics(each) for each in averages]
 
     def _is_same(self, one: Flat, other: Flat) -> NDArray[np.bool_]:
         return self._reader.all_per_layer(

@@ -10,6 +10,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import keras
 import pytest
+import tensorflow as tf
+
+# Four devices, so that strategies have replicas; what runs without one uses the first.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 4,
+)
 
 # Keras collects garbage with each new session; what the imports made is not garbage.
 gc.freeze()

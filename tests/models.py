@@ -147,7 +147,7 @@ def state(model: keras.Model) -> dict[str, bytes]:
             if hasattr(layer, name):
                 variables[f"seed {index}"] = getattr(layer, name).state
     return {
-        f"{key} {variable.path}": np.array(variable.value).tobytes()
+        f"{key} {variable.path}": variable.value.numpy().tobytes()
         for key, variable in variables.items()
     }
 

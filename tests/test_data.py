@@ -160,6 +160,9 @@ def test_what_slices_by_position_through_iloc_is_cut_by_position() -> None:
         shape = X.shape
         iloc = X
 
+        def __getitem__(self, label: Any) -> Any:
+            raise KeyError(label)
+
         def __array__(self, *_: Any, **__: Any) -> Any:
             return X
 

@@ -10,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# They train a model for each cause or recipe: more than a few seconds.
+SLOW = {"causes.md", "recipes.md"}
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -24,7 +27,7 @@ def snippets(document: Path) -> list[tuple[int, str]]:
 
 def run(document: Path, namespace: dict) -> None:
     """Runs the snippets of a document one after the other in one namespace."""
-    runner = doctest.DocTestRunner()
+    runner = doctest.DocTestRunner(optionflags=FLAGS)
     for line, code in snippets(document):
         if code.startswith(">>>"):
             parse = doctest.DocTestParser().get_doctest
@@ -57,8 +60,15 @@ def prelude() -> dict:
 @pytest.mark.filterwarnings("ignore::bn_callbacks.BatchNormWarning")
 @pytest.mark.parametrize(
     "document",
-    [path for path in DOCUMENTS if snippets(path)],
-    ids=lambda path: path.name,
+    [
+        pytest.param(
+            path,
+            id=path.name,
+            marks=[pytest.mark.slow] if path.name in SLOW else [],
+        )
+        for path in DOCUMENTS
+        if snippets(path)
+    ],
 )
 def test_snippets_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 from models import (
     KERAS,
-    batch_norms,
     compiled,
     dense,
     layers,
@@ -26,7 +25,6 @@ from bn_callbacks.layers import (
     Reader,
     assign,
     batch_mode,
-    compute_loss,
     count_inputs,
     find,
     forward,
@@ -307,20 +305,20 @@ def test_the_reader_reads_all_averages_and_the_step() -> None:
     step, flat = reader()
     assert step == 0
     for index, (mean, variance) in enumerate(stored(model)):
-        np.testing.assert_array_equal(reader.averages(flat, index), [mean, variance])
+        np.testing.assert_array_equal(reader.averages(flat, index), [[mean, variance]])
     model.train_on_batch(X, X[:, :1])
     step, flat = reader()
     assert step == 1
-    np.testing.assert_array_equal(reader.averages(flat, 2)[0], stored(model)[2][0])
+    np.testing.assert_array_equal(reader.averages(flat, 2)[0], stored(model)[2])
     per_layer = reader.all_per_layer(flat == flat)
     assert per_layer.tolist() == [True] * 3
-    assert reader.spread(per_layer).shape == flat.shape
+    assert flat.shape == (1, *reader.spread(per_layer).shape)
 
 
 def test_the_reader_works_without_an_optimizer() -> None:
     step, flat = Reader(single(2), find(single(2)))()
     assert step is None
-    assert flat.tolist() == [0, 0, 1, 1]
+    assert flat.tolist() == [[0, 0, 1, 1]]
 
 
 # Training mode.
@@ -393,153 +391,7 @@ def test_micro_batches_are_steps() -> None:
     assert (steps_made(model), iterations(model)) == (4, 2)
 
 
-# Private calls of Keras, which may change: each test says what has changed.
-
-
-def test_keras_still_flattens_layers_of_every_container() -> None:
-    class Holder(keras.layers.Layer):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.many, self.named = BN(), [BN()], {"a": BN()}
-
-    found = Holder()._flatten_layers()
-    count = sum(isinstance(layer, BN) for layer in found)
-    assert count == 3, "Layer._flatten_layers no longer finds layers in containers"
-
-
-def test_keras_still_says_whether_call_takes_training() -> None:
-    class Without(keras.layers.Layer):
-        def call(self, x: Any) -> Any:
-            return x
-
-    assert dense()._call_has_training_arg is True, "Layer._call_has_training_arg"
-    assert Without()._call_has_training_arg is False, "Layer._call_has_training_arg"
-
-
-def test_batch_normalization_still_takes_its_statistics_from_moments() -> None:
-    model = single(6)
-    (bn,) = batch_norms(model)
-    vars(bn)["_moments"] = lambda x, mask: (tf.fill([6], 2.0), tf.fill([6], 0.25))
-    outputs = model(X, training=True)
-    np.testing.assert_allclose(
-        outputs,
-        (X - 2) / np.sqrt(0.25 + bn.epsilon),
-        rtol=1e-4,
-        err_msg="BatchNormalization.call no longer normalises with self._moments",
-    )
-
-
-def test_batch_normalization_still_looks_at_trainable_when_called() -> None:
-    model = single(6)
-    (bn,) = batch_norms(model)
-    assert "_trainable" in vars(bn), "Layer.trainable no longer reads Layer._trainable"
-    vars(bn)["_trainable"] = False
-    model(X, training=True)
-    assert not np.any(stored(model)[0][0]), "a frozen layer updates its averages"
-
-
-def test_keras_still_calls_what_an_instance_has_for_call() -> None:
-    layer = layers.Dense(2)
-    layer(X)
-    vars(layer)["call"] = lambda inputs: inputs
-    np.testing.assert_array_equal(layer(X), X, err_msg="Layer.__call__ and self.call")
-
-
-def test_functional_models_still_have_nodes_with_operations() -> None:
-    inputs = keras.Input((6,))
-    shared = BN()
-    model = keras.Model(inputs, shared(shared(inputs)))
-    nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
-    used = [node.operation for node in nodes].count(shared)
-    assert used == 2, "Function._nodes_by_depth or Node.operation"
-
-
-def test_layers_still_hold_their_children_in_layers() -> None:
-    class Holder(keras.layers.Layer):
-        def __init__(self) -> None:
-            super().__init__()
-            self.child = BN()
-
-    holder = Holder()
-    assert holder._layers == [holder.child], "Layer._layers"
-
-
-def test_optimizers_still_count_their_steps() -> None:
-    model = compiled(dense(1))
-    optimizer = model.optimizer
-    counter = getattr(optimizer, "_iterations", optimizer.iterations)
-    model.train_on_batch(X, X[:, :1])
-    assert int(counter.value) == 1, "Optimizer._iterations"
-
-
-def test_a_built_subclass_still_keeps_the_shapes_it_was_built_for() -> None:
-    class One(keras.Model):
-        def call(self, inputs: Any) -> Any:
-            return inputs + 1
-
-    model = One()
-    model(X)
-    assert count_inputs(model) in (1, None), "Layer._build_shapes_dict"
-
-
-def test_recurrent_layers_still_run_their_loop_in_inner_loop() -> None:
-    layer = layers.SimpleRNN(2)
-    called = []
-    own = layer.inner_loop
-
-    def inner_loop(*args: Any, **kwargs: Any) -> Any:
-        called.append(args)
-        return own(*args, **kwargs)
-
-    vars(layer)["inner_loop"] = inner_loop
-    layer(normal(4, 3, 2))
-    assert called, "RNN.call no longer calls self.inner_loop"
-
-
-def test_seed_generators_still_keep_a_state_of_two_numbers_among_the_variables() -> (
-    None
-):
-    model = keras.Sequential([keras.Input((6,)), layers.Dropout(0.5, seed=1)])
-    seeds = [v for v in model.variables if v.name == "seed_generator_state"]
-    assert [tuple(seed.shape) for seed in seeds] == [(2,)], "SeedGenerator.state"
-
-
-def test_a_stateless_scope_still_keeps_variables_and_what_moves_in_it() -> None:
-    model = scatter(dense(2))
-    with unchanged(model), stateless(model):
-        forward(model, X, training=True)
-    before = state(model)
-    forward(model, X, training=True)
-    assert state(model) != before, "a training call outside the scope moves averages"
-
-
-def test_a_stateless_scope_still_maps_variables_to_tensors() -> None:
-    model = single(6)
-    (bn,) = batch_norms(model)
-    given = tf.fill([6], 5.0)
-    with keras.StatelessScope([(bn.moving_mean, given)]):
-        inside = np.asarray(keras.ops.cast(bn.moving_mean, "float32"))
-        outputs = np.asarray(model(X))
-    np.testing.assert_array_equal(inside, given)
-    np.testing.assert_allclose(outputs, (X - 5) / np.sqrt(1 + bn.epsilon), rtol=1e-4)
-
-
-def test_a_stateless_scope_still_collects_losses() -> None:
-    class Penalty(keras.layers.Layer):
-        def call(self, x: Any) -> Any:
-            self.add_loss(keras.ops.sum(x))
-            return x
-
-    model = keras.Sequential(
-        [keras.Input((6,)), layers.Dense(1, kernel_regularizer="l2"), Penalty()]
-    )
-    compiled(model)
-    y = np.zeros((32, 1), "float32")
-    expected = model.evaluate(X, y, verbose=0, return_dict=True)["loss"]
-    with stateless(model):
-        outputs = forward(model, X, training=False)
-        loss = compute_loss(model, (X, tf.constant(y), None), outputs)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+# A mode of our own.
 
 
 def test_a_salt_makes_dropout_draw_anew_and_leaves_the_seed() -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bn_callbacks"
 
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
-    {"pictures", "statistics"},
+    {"arguments", "budget", "distribution", "pictures", "statistics"},
     {"data", "layers", "report"},
     {"clues", "examples", "findings", "population", "start_values", "steps", "windows"},
     {"probe", "refinement"},

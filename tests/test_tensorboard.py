@@ -16,6 +16,7 @@ from benchmarks import event_files as event_files_benchmark
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+import bn_callbacks.callbacks.monitor
 from bn_callbacks import (
     BatchNormLagWarning,
     BatchNormMonitor,
@@ -167,12 +168,25 @@ def test_what_is_not_known_is_left_out(tmp_path):
         ("auto", list(range(2, 21, 2))),
     ],
 )
-def test_update_freq_is_how_often_scalars_are_written(tmp_path, update_freq, steps):
+def test_update_freq_is_how_often_scalars_are_written(
+    tmp_path, update_freq, steps, monkeypatch
+):
+    # As if nothing took any time.
+    monkeypatch.setattr(bn_callbacks.callbacks.monitor, "WRITING_SHARE", 1e6)
     monitor = monitor_of(tmp_path, update_freq)
     fit(make_model(), monitor, epochs=2)
     lag = read(tmp_path)["bn/summary/max_lag"]
     assert sorted(lag) == steps
     assert lag[20] == approx(monitor.report.max_lag)
+
+
+def test_writing_between_the_ends_of_epochs_must_not_take_long(tmp_path, monkeypatch):
+    # As if writing took so many seconds that the share is spent by the first time.
+    monkeypatch.setattr(bn_callbacks.callbacks.monitor, "WRITING_COST", 1e6)
+    monkeypatch.setattr(bn_callbacks.callbacks.monitor, "WRITING_SHARE", 1e-9)
+    monitor = monitor_of(tmp_path, "auto")
+    fit(make_model(), monitor, epochs=2)
+    assert sorted(read(tmp_path)["bn/summary/max_lag"]) == [10, 20]
 
 
 def test_how_often_scalars_are_written_changes_no_figure(tmp_path):

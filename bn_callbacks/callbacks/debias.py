@@ -31,20 +31,20 @@ class DebiasBatchNorm(keras.callbacks.Callback):
         BatchNormWarning: As a warning, where the number of training steps cannot be
             known, so that nothing can be debiased.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.full((320, 4), 3.0), np.ones((320, 1))
-    >>> history = model.fit(x, y, verbose=0, callbacks=[DebiasBatchNorm()])
-    >>> model.layers[0].moving_mean.numpy().round(4).tolist()
-    [3.0, 3.0, 3.0, 3.0]
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.full((320, 4), 3.0), np.ones((320, 1))
+        >>> history = model.fit(x, y, verbose=0, callbacks=[DebiasBatchNorm()])
+        >>> model.layers[0].moving_mean.numpy().round(4).tolist()
+        [3.0, 3.0, 3.0, 3.0]
     """
 
     def __init__(self) -> None:

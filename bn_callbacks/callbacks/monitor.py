@@ -8,8 +8,17 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.arguments import (
+    check_verbose,
+    is_positive,
+    is_whole,
+    is_word,
+    shown,
+)
+from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
+from bn_callbacks.distribution import Team
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
@@ -19,6 +28,7 @@ from bn_callbacks.layers import (
     find,
     is_built,
     iterations,
+    strategy,
 )
 from bn_callbacks.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
@@ -32,6 +42,12 @@ MAX_INTERVAL = 100
 MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
 WINDOWS_PER_EPOCH = 5
+
+WRITING_SHARE = 0.01
+"""Share of the time that writing between the epochs' ends takes with `"auto"`."""
+
+WRITING_COST = 2e-3
+"""Seconds that writing takes for each layer: a guess, until it has been timed."""
 
 
 class BatchNormMonitor(keras.callbacks.Callback):
@@ -52,8 +68,9 @@ class BatchNormMonitor(keras.callbacks.Callback):
             They go to a subdirectory of their own, so that it may be the `log_dir`
             of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
             `pip install "bn-callbacks[plot]"`.
-        update_freq: How often to write charts besides each epoch's end: `"auto"`,
-            `"batch"`, or a number of batches. The averages are read at least as often
+        update_freq: How often to write charts besides each epoch's end: `"auto"`, as
+            often as takes one percent of the time; `"batch"`, or a number of
+            batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
@@ -72,23 +89,23 @@ class BatchNormMonitor(keras.callbacks.Callback):
         ValueError: An argument is none of those above.
         BatchNormLagWarning: In `fit`, with `on_lag="raise"`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> monitor = BatchNormMonitor(on_lag="ignore")
-    >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
-    >>> monitor.report.worst.cause
-    'warming_up'
-    >>> "bn_lag" in history.history
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> monitor = BatchNormMonitor(on_lag="ignore")
+        >>> history = model.fit(x, y, epochs=2, verbose=0, callbacks=[monitor])
+        >>> monitor.report.worst.cause
+        'warming_up'
+        >>> "bn_lag" in history.history
+        True
     """
 
     def __init__(
@@ -103,21 +120,25 @@ class BatchNormMonitor(keras.callbacks.Callback):
         max_charts: int = MAX_CHARTS,
     ) -> None:
         super().__init__()
-        is_number = isinstance(update_freq, int) and update_freq >= 1
-        if update_freq not in ("auto", "batch") and not is_number:
+        if not (log_dir is None or isinstance(log_dir, (str, os.PathLike))):
+            raise ValueError(
+                "`log_dir` must be the path of a directory or None. Received: "
+                f"log_dir={shown(log_dir)}."
+            )
+        if not (is_word(update_freq, "auto", "batch") or is_whole(update_freq, 1)):
             raise ValueError(
                 "`update_freq` must be 'auto', 'batch' or a positive number of "
-                f"batches. Received: update_freq={update_freq!r}."
+                f"batches. Received: update_freq={shown(update_freq)}."
             )
-        if on_lag not in ("warn", "raise", "ignore"):
+        if not is_word(on_lag, "warn", "raise", "ignore"):
             raise ValueError(
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
-                f"on_lag={on_lag!r}."
+                f"on_lag={shown(on_lag)}."
             )
-        if not (isinstance(threshold, (int, float)) and threshold > 0):
+        if not is_positive(threshold):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
-                f"Received: threshold={threshold!r}."
+                f"Received: threshold={shown(threshold)}."
             )
         if probe is not None and not (
             isinstance(probe, tuple) and len(probe) in (2, 3)
@@ -126,10 +147,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`probe` must be a tuple (x, y), or (x, y, sample_weight). Received: "
                 f"probe of type {type(probe).__name__}."
             )
-        if not (isinstance(max_charts, int) and max_charts >= 0):
+        check_verbose(verbose)
+        if not is_whole(max_charts, 0):
             raise ValueError(
                 "`max_charts` must be a number of layers, 0 or more. Received: "
-                f"max_charts={max_charts!r}."
+                f"max_charts={shown(max_charts)}."
             )
         self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
@@ -158,10 +180,14 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._epochs_done = 0
         self._read_at: int | None = None
         self._written_at = 0
+        self._is_chief = Team(strategy(self.model)).is_chief
         self._writer: ReportWriter | None = None
-        if self.log_dir:
+        if self.log_dir and self._is_chief:
             self._writer = ReportWriter(
-                self.log_dir, self.max_charts, self.threshold, iterations(self.model)
+                self.log_dir,
+                int(self.max_charts),
+                self.threshold,
+                iterations(self.model),
             )
         if is_built(self.model):
             self._start()
@@ -190,10 +216,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._counter.observe(*self._windows.rebase())
             self._read_at = self._written_at = done
             return
-        is_writing = (
-            self._writer is not None and done - self._written_at >= self._frequency
+        # Workers must read at the same steps, whether they write or not.
+        is_due = self.log_dir is not None and (
+            done - self._written_at >= self._frequency
         )
-        if is_writing or done - self._read_at >= self._interval:
+        if is_due or done - self._read_at >= self._interval:
             reading = self._windows.read()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
@@ -201,10 +228,15 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._read_at = done
         elif self._counter.needs_reading:
             self._counter.observe(*self._windows.read())
-        if is_writing and self._writer is not None:
+        if is_due:
             self._written_at = done
-            report = self._make_report()
-            self._writer.write(report, iterations(self.model), self._evidence)
+            if self._writer is not None and self._may_write():
+                with self._budget.spend():
+                    report = self._make_report()
+                    self._writer.write(report, iterations(self.model), self._evidence)
+
+    def _may_write(self) -> bool:
+        return self.update_freq != "auto" or self._budget.allows()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting:
@@ -224,10 +256,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if report.loss_gap is not None:
                 logs["bn_loss_gap"] = report.loss_gap
         if self._writer is not None:
-            self._writer.write(
-                report, iterations(self.model), self._evidence, ends_epoch=True
-            )
-        if self.verbose:
+            with self._budget.spend():
+                self._writer.write(
+                    report, iterations(self.model), self._evidence, ends_epoch=True
+                )
+        if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
         self._tell(report, self._steps_left())
 
@@ -270,10 +303,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             announced_steps(self.params),
         )
         self._frequency = (
-            int(self.update_freq)
-            if isinstance(self.update_freq, int)
-            else {"auto": self._interval, "batch": 1}[self.update_freq]
+            {"auto": self._interval, "batch": 1}[self.update_freq]
+            if isinstance(self.update_freq, str)
+            else int(self.update_freq)
         )
+        self._budget = Budget(WRITING_SHARE, WRITING_COST * len(layers))
         self._windows = Windows(self.model, layers, self._interval)
         self._layers = layers
         self._clues: tuple[str, ...] | None = None
@@ -337,7 +371,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._evidence = [
             dataclasses.replace(
                 self._windows.evidence(index, self._total_steps(), self.threshold),
-                batch_size=self._examples.batch_size,
+                batch_size=self._examples.batch_size_of(self._layers[index]),
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
                 loss_gap=report.loss_gap if losses else self._gap,
@@ -356,7 +390,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             if self.on_lag == "raise":
                 self._close()
                 raise BatchNormLagWarning(message)
-            warnings.warn(message, BatchNormLagWarning, stacklevel=2)
+            if self._is_chief:
+                warnings.warn(message, BatchNormLagWarning, stacklevel=2)
 
 
 def _without(report: BatchNormReport, cause: str) -> BatchNormReport:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import keras
 
+from bn_callbacks.arguments import check_whole, is_word, shown
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.data import Batches
 from bn_callbacks.layers import (
@@ -54,21 +55,21 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
     Raises:
         ValueError: An argument is none of those above, or as `recalibrate`.
 
-    Example:
-    >>> import keras, numpy as np
-    >>> model = keras.Sequential(
-    ...     [
-    ...         keras.Input((4,)),
-    ...         keras.layers.BatchNormalization(),
-    ...         keras.layers.Dense(1),
-    ...     ]
-    ... )
-    >>> model.compile("sgd", "mse")
-    >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
-    >>> callback = RecalibrateBatchNorm(x)
-    >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
-    >>> callback.report.committed
-    True
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> callback = RecalibrateBatchNorm(x)
+        >>> history = model.fit(x, y, verbose=0, callbacks=[callback])
+        >>> callback.report.committed
+        True
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        if when not in ("train_end", "validation", "epoch_end"):
+        if not is_word(when, "train_end", "validation", "epoch_end"):
             raise ValueError(
                 "`when` must be 'train_end', 'validation' or 'epoch_end'. Received: "
-                f"when={when!r}."
+                f"when={shown(when)}."
             )
-        check_options(refine, tolerance)
+        check_options(refine, tolerance, dropout, verbose)
+        check_whole("batch_size", batch_size)
+        check_whole("steps", steps)
         self.x = x
         self.batch_size = batch_size
         self.steps = steps

@@ -11,6 +11,7 @@ from bn_callbacks.layers.facts import (
     replicas,
     steps_made,
     steps_per_execution,
+    strategy,
     takes_training,
     uses_ema,
 )
@@ -20,6 +21,13 @@ from bn_callbacks.layers.find import (
     check_model,
     find,
     is_built,
+)
+from bn_callbacks.layers.inputs import (
+    InputLayout,
+    compute_precision,
+    input_layout,
+    takes_any_batch,
+    to_model_inputs,
 )
 from bn_callbacks.layers.modes import (
     batch_mode,
@@ -33,6 +41,7 @@ from bn_callbacks.layers.state import (
     Snapshot,
     assign,
     read,
+    read_replicas,
     restore,
     snapshot,
     versions,
@@ -41,6 +50,7 @@ from bn_callbacks.layers.state import (
 __all__ = [
     "BatchNormLayer",
     "Fingerprint",
+    "InputLayout",
     "LayerSelection",
     "Reader",
     "Snapshot",
@@ -48,16 +58,19 @@ __all__ = [
     "batch_mode",
     "check_model",
     "compute_loss",
+    "compute_precision",
     "count_inputs",
     "examples_seen",
     "find",
     "forward",
     "has_own_train_step",
+    "input_layout",
     "is_built",
     "is_stale",
     "iterations",
     "pinned_in_graph",
     "read",
+    "read_replicas",
     "replicas",
     "restore",
     "runs_in_training_mode",
@@ -65,7 +78,10 @@ __all__ = [
     "stateless",
     "steps_made",
     "steps_per_execution",
+    "strategy",
+    "takes_any_batch",
     "takes_training",
+    "to_model_inputs",
     "uses_ema",
     "versions",
 ]

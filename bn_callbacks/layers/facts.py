@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from bn_callbacks.layers.find import BatchNormLayer, nodes_of
@@ -37,10 +36,14 @@ def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
     return bn.layer in compiled and bool(compiled[bn.layer]) != bn.trainable
 
 
+def strategy(model: keras.Model) -> tf.distribute.Strategy | None:
+    """The strategy in whose scope the model was made; None for none."""
+    return getattr(model, "_distribute_strategy", None)
+
+
 def replicas(model: keras.Model) -> int:
     """Number of replicas that the model is trained on."""
-    strategy = getattr(model, "distribute_strategy", None)
-    return int(getattr(strategy, "num_replicas_in_sync", 1))
+    return int(getattr(strategy(model), "num_replicas_in_sync", 1))
 
 
 def has_own_train_step(model: keras.Model) -> bool:
@@ -73,18 +76,17 @@ class Fingerprint:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        variables = [variable.value for variable in model.trainable_variables]
-
-        @tf.function(autograph=False)
-        def sums() -> Any:
-            return [tf.reduce_sum(tf.cast(value, tf.float32)) for value in variables]
-
-        # Not the function itself, which TensorFlow would see retraced in each `fit`.
-        self._sums = sums.get_concrete_function()
+        self._values = [variable.value for variable in model.trainable_variables]
 
     def __call__(self) -> bytes:
         """A value that almost surely changes with any weight."""
-        return np.array([total.numpy() for total in self._sums()]).tobytes()
+        # Not compiled: a trace in each `fit` would cost more than it would save.
+        sums = [tf.nn.l2_loss(_wide(value)) for value in self._values]
+        return b"".join(total.numpy().tobytes() for total in sums)
+
+
+def _wide(value: Any) -> Any:
+    return tf.cast(value, tf.float32) if value.dtype.size < 4 else value
 
 
 def count_inputs(model: keras.Model) -> int | None:
@@ -113,7 +115,7 @@ def raw_iterations(model: keras.Model) -> Any:
 def steps_made(model: keras.Model) -> int:
     """Training steps the model's optimizer has seen, micro-batches included."""
     counter = raw_iterations(model)
-    return 0 if counter is None else int(counter.value)
+    return 0 if counter is None else int(counter.value.numpy())
 
 
 def iterations(model: keras.Model) -> int:

@@ -1,5 +1,6 @@
 """Finding the BN layers of a model, and what each of them is."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from bn_callbacks.arguments import shown
 from bn_callbacks.statistics.moments import Statistics
 
 _LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -58,6 +60,11 @@ class BatchNormLayer:
         return bool(self.layer.trainable)
 
     @property
+    def synchronized(self) -> bool:
+        """Whether replicas use the statistics of the batches of all of them."""
+        return bool(self.layer.synchronized)
+
+    @property
     def channels(self) -> int:
         """Length of the layer's statistics."""
         return int(self.layer.moving_mean.shape[0])
@@ -85,7 +92,7 @@ class BatchNormLayer:
             second = np.square(second) - self.epsilon
         return Statistics(mean, second)
 
-    @property
+    @functools.cached_property
     def initial(self) -> Statistics:
         """The statistics the layer was built with."""
         layer, shape = self.layer, (self.channels,)
@@ -94,13 +101,14 @@ class BatchNormLayer:
             layer.moving_variance_initializer(shape).numpy().astype(np.float64),
         )
 
-    def state(self) -> list[tuple[Any, NDArray[Any]]]:
-        """Every variable that `assign` may write, with a copy of its value."""
+    @property
+    def variables(self) -> list[Any]:
+        """Every variable that `assign` may write."""
         layer = self.layer
         variables = [layer.moving_mean, layer.moving_variance]
         if self.renorm:
             variables += [layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev]
-        return [(variable, np.array(variable.value.numpy())) for variable in variables]
+        return variables
 
     def new_state(
         self, statistics: Statistics, in_training: bool
@@ -122,8 +130,8 @@ class BatchNormLayer:
         # A value beyond a float16's range becomes infinite.
         with np.errstate(over="ignore"):
             new = [
-                (variable, np.asarray(value).astype(old.dtype))
-                for (variable, old), value in zip(self.state(), values, strict=False)
+                (each, np.asarray(value).astype(each.value.dtype.as_numpy_dtype))
+                for each, value in zip(self.variables, values, strict=False)
             ]
         for _, value in new:
             if not np.isfinite(value.astype(np.float64)).all():
@@ -177,6 +185,35 @@ def check_model(model: Any) -> None:
                 "with `keras` instead of `tf_keras`."
             )
         raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
+    _check_distribution(model)
+
+
+def _check_distribution(model: keras.Model) -> None:
+    supported = (
+        tf.distribute.OneDeviceStrategy,
+        tf.distribute.MirroredStrategy,
+        tf.distribute.MultiWorkerMirroredStrategy,
+    )
+    made_in = getattr(model, "_distribute_strategy", None)
+    if made_in is None:
+        made_in = keras.distribution.distribution()
+    elif isinstance(made_in, supported):
+        return
+    if made_in is not None:
+        raise NotImplementedError(
+            "bn_callbacks works with MirroredStrategy, MultiWorkerMirroredStrategy and "
+            "OneDeviceStrategy of tf.distribute, or without a strategy. Received: a "
+            f"model that was made in a {type(made_in).__name__}. Save the weights, and "
+            "load them into a model made outside its scope."
+        )
+
+
+def parts(variable: Any) -> tuple[Any, ...]:
+    """A Keras variable's copies on the replicas of this process."""
+    value = variable.value
+    # Only a distributed variable has values.
+    copies: tuple[Any, ...] = getattr(value, "values", (value,))
+    return copies
 
 
 def is_built(model: keras.Model) -> bool:
@@ -246,22 +283,42 @@ def _select(
 ) -> list[BatchNormLayer]:
     if layers is None:
         return everything
-    is_one = isinstance(layers, (str, re.Pattern)) or callable(layers)
     chosen: dict[str, BatchNormLayer] = {}
-    selectors: Iterable[Any] = [layers] if is_one else layers  # type: ignore[assignment]
-    for selector in selectors:
+    for selector in _selectors(layers):
         named = [bn for bn in everything if _is(bn, selector)]
         matching = named or [bn for bn in everything if _matches(bn, selector)]
         if not matching:
             raise ValueError(
                 "`layers` selects no BatchNormalization layer. Received: "
-                f"{selector!r}. The model has "
+                f"{shown(selector)}. The model has "
                 f"{_some([bn.path for bn in everything]) or 'none'}."
             )
         for bn in matching:
             before = chosen.get(bn.path, bn)
             chosen[bn.path] = replace(bn, named=bool(named) or before.named)
     return [chosen[bn.path] for bn in everything if bn.path in chosen]
+
+
+def _selectors(layers: Any) -> list[Any]:
+    if isinstance(layers, (str, re.Pattern)) or callable(layers):
+        return [layers]
+    try:
+        selectors = list(layers)
+    except (TypeError, NotImplementedError):  # The latter from a symbolic tensor.
+        raise _no_selector(layers) from None
+    if not selectors:
+        raise ValueError(
+            "`layers` selects no BatchNormalization layer. Received: "
+            f"layers={shown(layers)}. Pass None for all of them."
+        )
+    return selectors
+
+
+def _no_selector(received: Any) -> TypeError:
+    return TypeError(
+        "`layers` takes names, paths, regular expressions, layers or predicates. "
+        f"Received: {shown(received)}."
+    )
 
 
 def _is(bn: BatchNormLayer, selector: Any) -> bool:
@@ -272,15 +329,19 @@ def _is(bn: BatchNormLayer, selector: Any) -> bool:
 
 def _matches(bn: BatchNormLayer, selector: Any) -> bool:
     if isinstance(selector, (str, re.Pattern)):
-        return re.search(selector, bn.path) is not None
+        try:
+            return re.search(selector, bn.path) is not None
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                "`layers` takes names, paths or regular expressions. Received: "
+                f"{shown(selector)}, which is none: {error}."
+            ) from error
     if isinstance(selector, keras.layers.Layer):
         return False
-    if callable(selector):
+    # A class, such as BatchNormalization itself, would be called as well.
+    if callable(selector) and not isinstance(selector, type):
         return bool(selector(bn.layer))
-    raise TypeError(
-        "`layers` takes names, paths, regular expressions, layers or predicates. "
-        f"Received: {selector!r}."
-    )
+    raise _no_selector(selector)
 
 
 def _calls(layer: keras.layers.Layer) -> Counter[int]:

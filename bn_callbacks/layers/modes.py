@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.losses import loss as _loss
 
 from bn_callbacks.layers.find import BatchNormLayer, Moments
 
@@ -101,7 +103,11 @@ def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) 
     # Since Keras 3.3; a user's own method may still be without it.
     if "training" in inspect.signature(model.compute_loss).parameters:
         arguments["training"] = False
-    return model.compute_loss(**arguments)
+    return _unscaled(model.compute_loss(**arguments))
+
+
+# Since Keras 3.1 or so, losses are divided by the number of replicas.
+_unscaled = getattr(_loss, "unscale_loss_for_distribution", lambda loss: loss)
 
 
 def _with_training(
@@ -196,21 +202,45 @@ def batch_mode(
         yield
 
 
+_replacing = threading.RLock()
+"""Held while attributes of layers are replaced: the second of two threads would take
+the first one's for the layer's own, and leave them behind."""
+
+
 @contextlib.contextmanager
 def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[None]:
     """Sets instance attributes and restores the instances' dictionaries.
 
-    Past `__setattr__`, which for a Keras layer has side effects.
+    Past `__setattr__`, which for a Keras layer has side effects. Threads that run
+    already, and may be predicting with the model, go on calling what it had.
     """
-    before = {layer: dict(vars(layer)) for layer in changes}
-    try:
-        for layer, attributes in changes.items():
-            vars(layer).update(attributes)
-        yield
-    finally:
-        for layer, attributes in changes.items():
-            for name in attributes:
-                if name in before[layer]:
-                    vars(layer)[name] = before[layer][name]
-                else:
-                    vars(layer).pop(name, None)
+    with _replacing:
+        others = {*threading.enumerate()} - {threading.current_thread()}
+        before = {layer: dict(vars(layer)) for layer in changes}
+        try:
+            for layer, attributes in changes.items():
+                for name, new in attributes.items():
+                    vars(layer)[name] = (
+                        _unless_in(others, new, getattr(layer, name))
+                        if callable(new)
+                        else new
+                    )
+            yield
+        finally:
+            for layer, attributes in changes.items():
+                for name in attributes:
+                    if name in before[layer]:
+                        vars(layer)[name] = before[layer][name]
+                    else:
+                        vars(layer).pop(name, None)
+
+
+def _unless_in(
+    threads: set[threading.Thread], new: Callable[..., Any], old: Callable[..., Any]
+) -> Callable[..., Any]:
+    @functools.wraps(new)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_other = threading.current_thread() in threads
+        return (old if is_other else new)(*args, **kwargs)
+
+    return call

@@ -11,13 +11,17 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.layers.facts import raw_iterations
-from bn_callbacks.layers.find import BatchNormLayer
+from bn_callbacks.distribution import Team
+from bn_callbacks.layers.facts import raw_iterations, strategy
+from bn_callbacks.layers.find import BatchNormLayer, parts
 from bn_callbacks.statistics.moments import Statistics
 
 
 def read(layers: Sequence[BatchNormLayer]) -> list[Statistics]:
-    """Reads the stored statistics of every layer as float64."""
+    """Reads the stored statistics of every layer as float64.
+
+    Where replicas differ, those of the first, which is what Keras reads and saves.
+    """
     return [
         Statistics(
             bn.layer.moving_mean.value.numpy().astype(np.float64),
@@ -27,9 +31,26 @@ def read(layers: Sequence[BatchNormLayer]) -> list[Statistics]:
     ]
 
 
+def read_replicas(
+    model: keras.Model, layers: Sequence[BatchNormLayer]
+) -> list[list[Statistics]]:
+    """What each replica of all workers stores for each layer; empty for one replica.
+
+    For renormalising layers as `statistics` has it.
+    """
+    reader = Reader(model, layers)
+    _, flat = reader()
+    return [
+        [bn.statistics(each) for each in reader.averages(flat, index)]
+        if len(flat) > 1
+        else []
+        for index, bn in enumerate(layers)
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Everything that `assign` may change in some layers, copied."""
+    """Everything that `assign` may change in some layers, copied: on each replica."""
 
     layers: list[BatchNormLayer]
     state: list[tuple[Any, NDArray[Any]]]
@@ -38,14 +59,19 @@ class Snapshot:
 
 def snapshot(layers: Sequence[BatchNormLayer]) -> Snapshot:
     """Copies everything that `assign` may change, for `restore`."""
-    state = [pair for bn in layers for pair in bn.state()]
+    variables = [variable for bn in layers for variable in bn.variables]
+    state = [
+        (part, np.array(part.numpy()))
+        for variable in variables
+        for part in parts(variable)
+    ]
     return Snapshot(list(layers), state, versions(layers))
 
 
 def restore(saved: Snapshot) -> None:
     """Writes a snapshot back, bit for bit."""
-    for variable, value in saved.state:
-        variable.assign(value)
+    for part, value in saved.state:
+        part.assign(value)
     for bn, version in zip(saved.layers, saved.versions, strict=True):
         _versions[bn.layer] = version
 
@@ -56,7 +82,7 @@ def assign(
     *,
     in_training: bool = True,
 ) -> None:
-    """Writes statistics into all layers, or into none.
+    """Writes statistics into all layers, or into none; into every replica's copy.
 
     Args:
         layers: The layers.
@@ -94,7 +120,13 @@ def versions(layers: Sequence[BatchNormLayer]) -> list[int]:
 
 
 class Reader:
-    """Reads the moving averages of all layers in one compiled call.
+    """Reads the moving averages of all layers as one vector.
+
+    Not compiled: with hundreds of layers a trace takes a second in each `fit`, to save
+    milliseconds a reading; with few layers it saves nothing.
+
+    A reading has a row for each replica of all workers, which is one row without a
+    distribution strategy. All workers must read at the same time.
 
     Args:
         model: The model; the count of its optimizer steps is read along.
@@ -103,31 +135,35 @@ class Reader:
 
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = list(layers)
-        variables = [variable for bn in layers for variable in bn.averages]
+        self.team = Team(strategy(model))
+        copies = zip(*(parts(v) for bn in layers for v in bn.averages), strict=True)
+        self._copies = list(itertools.chain(*copies))
         self._ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         counter = raw_iterations(model)
-
-        @tf.function(autograph=False)
-        def read_all() -> Any:
-            flat = [tf.cast(variable.value, tf.float64) for variable in variables]
-            step = -1 if counter is None else counter.value
-            return tf.concat([[tf.cast(step, tf.float64)], *flat], axis=0)
-
-        # Not the function itself, which TensorFlow would see retraced in each `fit`.
-        self._read_all = read_all.get_concrete_function()
+        self._counter = None if counter is None else counter.value
+        self._is_uniform = len({copy.dtype for copy in self._copies}) == 1
 
     def __call__(self) -> tuple[int | None, NDArray[np.float64]]:
-        """The optimizer's step count (None without one) and all averages, flat."""
-        flat = self._read_all().numpy()
-        return (int(flat[0]) if flat[0] >= 0 else None), flat[1:]
+        """The optimizer's step count (None without one) and all averages.
+
+        The latter of shape `(replicas, values)`.
+        """
+        step = None if self._counter is None else int(self._counter.numpy())
+        copies = self._copies
+        if not self._is_uniform:
+            copies = [tf.cast(copy, tf.float64) for copy in copies]
+        flat = tf.concat(copies, axis=0).numpy() if copies else np.zeros(0)
+        rows = self.team.gather(flat.astype(np.float64))
+        return step, rows.reshape(self.team.size, -1)
 
     def averages(self, flat: NDArray[np.float64], index: int) -> NDArray[np.float64]:
-        """One layer's two averages in a flat reading, shape `(2, channels)`."""
-        return flat[self._ends[index] : self._ends[index + 1]].reshape(2, -1)
+        """One layer's two averages in a reading, `(replicas, 2, channels)`."""
+        part = flat[:, self._ends[index] : self._ends[index + 1]]
+        return part.reshape(len(flat), 2, -1)
 
     def all_per_layer(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """For each layer, whether all of its entries are true."""
-        return np.logical_and.reduceat(flat, self._ends[:-1])
+        return np.logical_and.reduceat(flat.all(axis=0), self._ends[:-1])
 
     def spread(self, per_layer: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Repeats one value a layer over that layer's entries."""

@@ -10,6 +10,7 @@ from bn_callbacks.statistics.causes import (
     NON_FINITE,
     NOT_UPDATING,
     OUTLIERS,
+    REPLICAS_DIFFER,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
@@ -98,6 +99,9 @@ def advise(seen: Evidence, figures: Figures, cause: str, momentum: float | None)
 def _scatter(seen: Evidence, figures: Figures) -> str:
     if figures.design_effect is None or seen.batch_size is None:
         return ""
+    if figures.design_effect < 2:
+        # Another layer proved it; this one's figure would belie the finding.
+        return ""
     return (
         f": their means vary {figures.design_effect:.0f} times as much as those of "
         f"shuffled batches of {seen.batch_size:.0f}"
@@ -117,8 +121,9 @@ _PLAIN_ADVICE = {
     ),
     UNEXPECTED_UPDATE: (
         "The layer was meant to keep its statistics, yet training changes them: "
-        "`trainable` counts only after `compile`, and in `fit` a functional model "
-        "overrides `training=False`. Set `layer.trainable = False`, then `compile`."
+        "`trainable` is sure to count only after `compile`, and in `fit` a functional "
+        "model overrides `training=False`. Set `layer.trainable = False`, then "
+        "`compile`."
     ),
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "
@@ -129,6 +134,12 @@ _PLAIN_ADVICE = {
         "The weights were replaced after the statistics were collected (averaged or "
         "restored weights). Recalibrate after the swap (`recalibrate(model, x)`, or "
         "`RecalibrateBatchNorm` as the last callback)."
+    ),
+    REPLICAS_DIFFER: (
+        "Each replica keeps moving statistics of its own, and these differ, since the "
+        "replicas see different data; a saved model holds the first replica's only. "
+        "Use `BatchNormalization(synchronized=True)`, and recalibrate before export "
+        "(`recalibrate(model, x)`), which gives all replicas the same."
     ),
     LOW_PRECISION: (
         "The statistics are stored in less than float32, where small updates are "

@@ -18,6 +18,7 @@ from bn_callbacks.statistics.causes import (
     NON_FINITE,
     NOT_UPDATING,
     OUTLIERS,
+    REPLICAS_DIFFER,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
@@ -66,40 +67,43 @@ class Diagnosis:
     design_effect: float | None = None
     batch_noise: float | None = None
     batch_variation: float | None = None
+    disagreement: float | None = None
 
 
-def diagnose(evidence: Evidence, cause: str | None = None) -> Diagnosis:
+def diagnose(evidence: Evidence) -> Diagnosis:
     """Names the cause of a layer's lag and what to do about it.
 
     Args:
         evidence: What was seen of the layer.
-        cause: The cause, where it is known already.
 
     Returns:
         The verdict, `"healthy"` unless a mechanism is seen to be at work.
 
-    Example:
-    >>> import numpy as np
-    >>> from bn_callbacks.statistics.moments import Statistics
-    >>> far = Statistics(np.full(8, 1.0), np.ones(8))
-    >>> start = Statistics(np.zeros(8), np.ones(8))
-    >>> now = Statistics(np.full(8, 1 - 0.99**50), np.ones(8))
-    >>> diagnosis = diagnose(
-    ...     Evidence(
-    ...         "bn",
-    ...         momentum=0.99,
-    ...         epsilon=1e-3,
-    ...         moving=now,
-    ...         batch=far,
-    ...         updates=50,
-    ...         start=start,
-    ...     )
-    ... )
-    >>> diagnosis.cause, round(diagnosis.lag, 3)
-    ('warming_up', 0.605)
+    Examples:
+        >>> import numpy as np
+        >>> from bn_callbacks.statistics.moments import Statistics
+        >>> far = Statistics(np.full(8, 1.0), np.ones(8))
+        >>> start = Statistics(np.zeros(8), np.ones(8))
+        >>> now = Statistics(np.full(8, 1 - 0.99**50), np.ones(8))
+        >>> diagnosis = diagnose(
+        ...     Evidence(
+        ...         "bn",
+        ...         momentum=0.99,
+        ...         epsilon=1e-3,
+        ...         moving=now,
+        ...         batch=far,
+        ...         updates=50,
+        ...         start=start,
+        ...     )
+        ... )
+        >>> diagnosis.cause, round(diagnosis.lag, 3)
+        ('warming_up', 0.605)
     """
     figures = measure(evidence)
-    cause = cause or _own_cause(evidence, figures)
+    return _verdict(evidence, figures, _own_cause(evidence, figures))
+
+
+def _verdict(evidence: Evidence, figures: Figures, cause: str) -> Diagnosis:
     momentum = suggested_momentum(evidence, figures, cause)
     stream = figures.stream
     return Diagnosis(
@@ -114,6 +118,7 @@ def diagnose(evidence: Evidence, cause: str | None = None) -> Diagnosis:
         design_effect=figures.design_effect,
         batch_noise=None if stream is None else math.sqrt(stream.noise),
         batch_variation=None if stream is None else stream.variation,
+        disagreement=figures.disagreement,
     )
 
 
@@ -130,32 +135,34 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     Returns:
         A verdict for each.
     """
-    causes = [_own_cause(seen, measure(seen)) for seen in evidence]
+    figures = [measure(seen) for seen in evidence]
+    causes = list(map(_own_cause, evidence, figures))
     of_data = [cause for cause in causes if cause in DATA_CAUSES]
     if of_data:
         consequences = (NOISY, DRIFTING)
         causes = [of_data[0] if cause in consequences else cause for cause in causes]
-    causes = _main_causes(evidence, causes)
+    causes = _main_causes(evidence, figures, causes)
     is_proven = any(_is_proven(seen) for seen in evidence)
     if is_proven and all(cause == HEALTHY for cause in causes):
         causes = [
             WEIGHTS_REPLACED if seen.trainable and not seen.is_still else HEALTHY
             for seen in evidence
         ]
-    return [diagnose(seen, cause) for seen, cause in zip(evidence, causes, strict=True)]
+    return list(map(_verdict, evidence, figures, causes))
 
 
-def _main_causes(evidence: Sequence[Evidence], causes: Sequence[str]) -> list[str]:
+def _main_causes(
+    evidence: Sequence[Evidence], figures: Sequence[Figures], causes: Sequence[str]
+) -> list[str]:
     """Drops what was named only since a gap is proven, if something larger explains it.
 
     Of errors below the threshold only those of the same kind as the largest remain.
     """
-    pairs = list(zip(evidence, causes, strict=True))
-    sizes = [_part(measure(seen), cause) for seen, cause in pairs]
+    sizes = list(map(_part, figures, causes))
     largest = max(sizes, default=0.0)
     main = causes[sizes.index(largest)] if sizes else HEALTHY
     kept = []
-    for (seen, cause), size in zip(pairs, sizes, strict=True):
+    for seen, cause, size in zip(evidence, causes, sizes, strict=True):
         is_minor = cause in STATISTICAL and size <= seen.threshold
         is_other = largest > seen.threshold or cause != main
         kept.append(HEALTHY if is_minor and is_other else cause)
@@ -254,6 +261,10 @@ def _correlated(seen: Evidence, figures: Figures) -> bool:
     return figures.design_effect > DESIGN_LIMIT and is_large
 
 
+def _replicas_differ(seen: Evidence, figures: Figures) -> bool:
+    return (figures.disagreement or 0.0) > max(_least(seen), figures.own_noise)
+
+
 def _replaced(seen: Evidence, figures: Figures) -> bool:
     return seen.are_weights_replaced
 
@@ -292,6 +303,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (LOW_PRECISION, _low_precision),
     (OUTLIERS, _outliers),
     (CORRELATED_BATCHES, _correlated),
+    (REPLICAS_DIFFER, _replicas_differ),
     (WEIGHTS_REPLACED, _replaced),
     (MIXED_CALLS, _mixed_calls),
     (WARMING_UP, _dominant(WARMING_UP)),

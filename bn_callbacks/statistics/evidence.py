@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bn_callbacks.statistics.lag import lag, mean_shift, scale_ratio
-from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import average_noise, debias
 from bn_callbacks.statistics.stream import Stream, observe
 
@@ -40,6 +40,7 @@ class Evidence:
         windows: Batch statistics of successive windows, equally long, oldest first.
         window_updates: Length of a window in updates.
         window_share: Variance of a window's statistics over that of one batch's.
+        replicas: The statistics that each of several replicas stores.
         recurrence: Variance of the windows' means within an epoch that the next epoch
             repeats, in units of the batch variance.
         batch_size: Examples a batch.
@@ -68,6 +69,7 @@ class Evidence:
     windows: Sequence[Statistics] = ()
     window_updates: int | None = None
     window_share: float | None = None
+    replicas: Sequence[Statistics] = ()
     recurrence: float | None = None
     batch_size: float | None = None
     last_batch_size: float | None = None
@@ -101,6 +103,8 @@ class Figures:
         noise_part: Fluctuation of the moving statistics from sampling.
         stall_part: Error at which updates are rounded away.
         design_effect: Variance of batch means over that of random batches.
+        disagreement: Largest distance of a replica's statistics from those of all.
+        own_noise: Distance of that kind that sampling explains.
     """
 
     lag: float | None = None
@@ -113,6 +117,8 @@ class Figures:
     noise_part: float | None = None
     stall_part: float = 0.0
     design_effect: float | None = None
+    disagreement: float | None = None
+    own_noise: float = 0.0
 
 
 def measure(seen: Evidence) -> Figures:
@@ -132,14 +138,17 @@ def measure(seen: Evidence) -> Figures:
         if seen.batch_size is not None:
             scatter = max(stream.mean_noise, _ordered(seen))
             design = scatter * max(seen.batch_size - 1, 0)
+    figures = Figures(
+        start_weight=weight,
+        stream=stream,
+        noise_part=noise_part,
+        stall_part=_stall_part(seen),
+        design_effect=design,
+        disagreement=_disagreement(seen),
+        own_noise=NOISE_FACTOR * (noise_part or 0.0),
+    )
     if seen.pair is None:
-        return Figures(
-            start_weight=weight,
-            stream=stream,
-            noise_part=noise_part,
-            stall_part=_stall_part(seen),
-            design_effect=design,
-        )
+        return figures
     batch, clean = seen.pair
     start_part = 0.0
     if seen.start is not None and weight is not None and not seen.past and weight < 1:
@@ -153,18 +162,21 @@ def measure(seen: Evidence) -> Figures:
         start_part = lag(batch, seen.moving, seen.epsilon)
     rest = lag(batch, clean, seen.epsilon)
     is_noise = rest <= NOISE_FACTOR * floor
-    return Figures(
+    return replace(
+        figures,
         lag=lag(*seen.pair, seen.epsilon),
         mean_shift=mean_shift(*seen.pair, seen.epsilon),
         scale_ratio=scale_ratio(*seen.pair, seen.epsilon),
-        start_weight=weight,
-        stream=stream,
         start_part=start_part,
         drift_part=0.0 if is_noise else math.sqrt(max(0.0, rest**2 - floor**2)),
-        noise_part=noise_part,
-        stall_part=_stall_part(seen),
-        design_effect=design,
     )
+
+
+def _disagreement(seen: Evidence) -> float | None:
+    if len(seen.replicas) < 2:
+        return None
+    whole = pool_replicas(seen.replicas)
+    return max(lag(whole, one, seen.epsilon) for one in seen.replicas)
 
 
 def _ordered(seen: Evidence) -> float:

@@ -35,7 +35,7 @@ def lag(batch: Statistics, moving: Statistics, epsilon: float) -> float:
     Returns:
         The lag; 0 without channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([3.0]), np.array([4.0]))
         >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
         >>> round(lag(batch, fresh, epsilon=0.0) ** 2, 6)  # 3² + (2 − 1)²
@@ -85,7 +85,7 @@ def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
         RMS offset of the normalised output, in standard deviations; 0 without
         channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([3.0, -3.0]), np.array([4.0, 4.0]))
         >>> moving = Statistics(np.array([0.0, 0.0]), np.array([4.0, 4.0]))
         >>> mean_shift(batch, moving, epsilon=0.0)
@@ -110,7 +110,7 @@ def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
     Returns:
         The ratio; 1 without channels, `inf` if any statistic is not finite.
 
-    Example:
+    Examples:
         >>> batch = Statistics(np.array([0.0]), np.array([9.0]))
         >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
         >>> round(scale_ratio(batch, fresh, epsilon=0.0), 6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 class Statistics(NamedTuple):
     """Mean and biased variance per channel, as a BatchNormalization layer stores them.
 
-    Args:
+    Attributes:
         mean: Mean of each channel, of shape `(channels,)`.
         variance: Biased variance of each channel, of shape `(channels,)`.
     """
@@ -37,7 +37,7 @@ class Moments:
         mean: Weighted mean of each channel; `nan` if nothing was counted.
         m2: Weighted sum of the squared deviations from `mean` in each channel.
 
-    Example:
+    Examples:
         >>> part = Moments.from_values([[1.0, 10.0], [3.0, 10.0]])
         >>> part.count, part.mean.tolist(), part.m2.tolist()
         (2.0, [2.0, 10.0], [2.0, 0.0])
@@ -90,7 +90,7 @@ class Moments:
         Raises:
             ValueError: If a weight is negative or not finite.
 
-        Example:
+        Examples:
             >>> values = [[[1.0], [3.0], [99.0]]]
             >>> masked = Moments.from_values(values, weights=[[True, True, False]])
             >>> masked.count, masked.mean.tolist(), masked.variance.tolist()
@@ -135,7 +135,7 @@ class Moments:
         Returns:
             The moments, empty if `count` is 0.
 
-        Example:
+        Examples:
             >>> moments = Moments.from_sums(2, shift=[5.0], sum1=[2.0], sum2=[4.0])
             >>> moments.mean.tolist(), moments.variance.tolist()
             ([6.0], [1.0])
@@ -160,7 +160,7 @@ class Moments:
         Returns:
             The moments of the union. A part that counted nothing changes nothing.
 
-        Example:
+        Examples:
             >>> whole = Moments.from_values([[1.0]]).merge(Moments.from_values([[3.0]]))
             >>> whole.count, whole.mean.tolist(), whole.variance.tolist()
             (2.0, [2.0], [1.0])
@@ -190,7 +190,7 @@ def pool(moments: Iterable[Moments]) -> Moments:
     Raises:
         ValueError: If there is no part at all.
 
-    Example:
+    Examples:
         >>> parts = [[[0.0]], [[1.0], [2.0]], [[3.0]]]
         >>> pool(Moments.from_values(part) for part in parts).mean.tolist()
         [1.5]
@@ -223,7 +223,7 @@ def pool_batches(
     Returns:
         The moments of all values together.
 
-    Example:
+    Examples:
         >>> both = pool_batches(
         ...     np.array([1.0, 3.0]), np.array([[0.0], [4.0]]), np.array([[0.0], [1.0]])
         ... )
@@ -239,6 +239,27 @@ def pool_batches(
         mean = (weights * means[used]).sum(axis=0) / total
         spread = variances[used] + np.square(means[used] - mean)
         return Moments(total, mean, (weights * spread).sum(axis=0))
+
+
+def pool_replicas(statistics: Sequence[Statistics]) -> Statistics:
+    """Statistics of all replicas' values together, of which each has as many.
+
+    Args:
+        statistics: Those of each replica, at least one.
+
+    Returns:
+        The mean of the means; the mean of the variances plus the variance of the
+        means.
+
+    Example:
+        >>> pair = [Statistics(np.array([m]), np.array([2.0])) for m in (0.0, 2.0)]
+        >>> pool_replicas(pair)
+        Statistics(mean=array([1.]), variance=array([3.]))
+    """
+    if len(statistics) == 1:
+        return statistics[0]
+    means, variances = (np.stack(parts) for parts in zip(*statistics, strict=True))
+    return pool_batches(np.ones(len(statistics)), means, variances).statistics
 
 
 def is_finite(statistics: Iterable[Statistics]) -> bool:

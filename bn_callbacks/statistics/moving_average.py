@@ -12,6 +12,7 @@ them. Momentum is Keras' throughout: the weight of the old value.
 from __future__ import annotations
 
 import math
+import numbers
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +31,7 @@ def start_weight(momentum: float, updates: int) -> float:
     Raises:
         ValueError: If `momentum` or `updates` is out of range.
 
-    Example:
+    Examples:
         >>> round(start_weight(0.99, 100), 3)
         0.366
     """
@@ -51,7 +52,7 @@ def new_weight(momentum: float, updates: int) -> float:
     Raises:
         ValueError: If `momentum` or `updates` is out of range.
 
-    Example:
+    Examples:
         >>> round(new_weight(0.99, 100), 3)
         0.634
     """
@@ -82,7 +83,7 @@ def window_statistic(
         ValueError: If nothing can have entered the average, with `momentum` 1 or
             `updates` 0, or if one of them is out of range.
 
-    Example:
+    Examples:
         >>> new = 0.9 * (0.9 * 1.0 + 0.1 * 5.0) + 0.1 * 5.0
         >>> round(float(window_statistic(1.0, new, 0.9, updates=2)), 6)
         5.0
@@ -113,7 +114,7 @@ def debias(value: ArrayLike, start: ArrayLike, weight: float) -> NDArray[np.floa
     Raises:
         ValueError: If `weight` is out of range.
 
-    Example:
+    Examples:
         >>> debias([2.5, 1.0], start=1.0, weight=0.25).tolist()
         [3.0, 1.0]
     """
@@ -140,7 +141,7 @@ def average_noise(momentum: float) -> float:
     Raises:
         ValueError: If `momentum` is out of range.
 
-    Example:
+    Examples:
         >>> round(average_noise(0.99), 4)
         0.005
     """
@@ -164,7 +165,7 @@ def window_noise(momentum: float, updates: int) -> float:
     Raises:
         ValueError: If `momentum` or `updates` is out of range.
 
-    Example:
+    Examples:
         >>> window_noise(0.99, 1), window_noise(1.0, 20)
         (1.0, 0.05)
     """
@@ -188,7 +189,7 @@ def updates_to_forget(momentum: float, weight: float) -> int | None:
     Raises:
         ValueError: If `momentum` or `weight` is out of range.
 
-    Example:
+    Examples:
         >>> updates_to_forget(0.99, 0.01)
         459
     """
@@ -221,14 +222,15 @@ def suggest_momentum(steps: int) -> float:
     Raises:
         ValueError: If `steps` is less than 1.
 
-    Example:
+    Examples:
         >>> [suggest_momentum(steps) for steps in (100, 1_000, 10_000)]
         [0.9, 0.99, 0.999]
     """
-    if not steps >= 1:
+    is_number = isinstance(steps, numbers.Real) and not isinstance(steps, bool)
+    if not (is_number and steps >= 1):
         raise ValueError(
             "A momentum can only be suggested for a run of at least one step. "
-            f"Received: steps={steps}. "
+            f"Received: steps={repr(steps)[:80]}. "
             "Pass the steps of the whole run: steps an epoch times epochs."
         )
     return min(max(1.0 - 10.0 / steps, 0.0), 0.999)

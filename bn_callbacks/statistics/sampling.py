@@ -65,7 +65,7 @@ def standard_error(blocks: Sequence[Moments], epsilon: float) -> float | None:
     Returns:
         The standard error in standard deviations; None with fewer than 8 blocks.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> batches = [

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/causes.py [--part tuned|held-back|all] [--no-probe]
                                   [--only NAME] [--truth] [--verbose]
+                                  [--markdown docs/benchmarks.md]
 """
 
 import argparse
@@ -15,10 +16,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "causes"))
 
-import kit
-import truth
-from cases import CASES
-from kit import Case, Outcome
+import tensorflow as tf
+
+# Before anything uses TensorFlow: devices for the cases with several replicas.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 4,
+)
+
+import kit  # noqa: E402
+import truth  # noqa: E402
+from cases import CASES  # noqa: E402
+from kit import Case, Outcome  # noqa: E402
+from page import Section, table  # noqa: E402
 
 Results = Sequence[tuple[Case, Outcome | None]]
 QUIET = "(silent)"
@@ -79,6 +89,69 @@ def print_summary(title: str, results: Results) -> None:
     print(f"  false alarms: {alarms} of {len(quiet)} silent cases")
 
 
+PAGE = """\
+The monitor watches the cases of `tests/causes`: small models on real or made data, each
+with one known problem or with none. The rules were tuned on a part of them; the others
+were held back. A cause is *right* if the monitor names it, a *false alarm* any cause that
+it names in a case without a problem.
+
+{summary}
+
+By cause, of all cases{probe}:
+
+{causes}
+"""
+SUMMARY_HEAD = ("probe", "part", "problems", "right", "silent cases", "false alarms")
+CAUSES_HEAD = ("cause", "cases", "right", "otherwise named")
+
+
+def summary_row(has_probe: bool, held_back: bool, results: Results) -> tuple[str, ...]:
+    """How often the monitor was right in one part of the cases."""
+    scored = [
+        (case, outcome)
+        for case, outcome in results
+        if case.scored and case.held_back == held_back
+    ]
+    problems = [pair for pair in scored if pair[0].expected]
+    quiet = [pair for pair in scored if not pair[0].expected]
+    right = sum(bool(one and one.is_right(case)) for case, one in problems)
+    alarms = sum(bool(one and one.causes) for _, one in quiet)
+    share = f"{right} ({right / len(problems):.0%})" if problems else "-"
+    part = "held back" if held_back else "tuned"
+    probe = "with" if has_probe else "without"
+    return probe, part, str(len(problems)), share, str(len(quiet)), str(alarms)
+
+
+def cause_rows(results: Results) -> list[tuple[str, ...]]:
+    """For each cause, how often it was named and what was named instead."""
+    rows = []
+    scored = [(case, outcome) for case, outcome in results if case.scored]
+    for cause in sorted({wanted(case) for case, _ in scored}):
+        pairs = [pair for pair in scored if wanted(pair[0]) == cause]
+        wrong = [said(one) for case, one in pairs if not (one and one.is_right(case))]
+        counts = Counter(wrong).most_common()
+        named = "; ".join(f"{answer}: {count}" for answer, count in counts)
+        right = str(len(pairs) - len(wrong))
+        rows.append((cause, str(len(pairs)), right, named or "-"))
+    return rows
+
+
+def page_of(results: dict[bool, list[tuple[Case, Outcome | None]]]) -> str:
+    """All of it as text of the page."""
+    rows = [
+        summary_row(has_probe, held_back, found)
+        for has_probe, found in results.items()
+        for held_back in (False, True)
+        if any(case.held_back == held_back for case, _ in found)
+    ]
+    has_probe = next(iter(results))
+    return PAGE.format(
+        summary=table(SUMMARY_HEAD, rows),
+        probe=" with a probe" if has_probe else " without a probe",
+        causes=table(CAUSES_HEAD, cause_rows(results[has_probe])),
+    )
+
+
 def print_truth(case: Case) -> None:
     """What a case really has, apart from any diagnosis."""
     try:
@@ -107,6 +180,7 @@ def main() -> None:
     parser.add_argument("--only", help="a part of the name of a case, or a cause")
     parser.add_argument("--truth", action="store_true", help="no monitor: is it so?")
     parser.add_argument("--verbose", action="store_true", help="print the warnings")
+    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     args = parser.parse_args()
     chosen = [
         case
@@ -118,6 +192,7 @@ def main() -> None:
         for case in chosen:
             print_truth(case)
         return
+    section = Section("causes")
     modes = [True] * (not args.no_probe) + [False] * (not args.with_probe)
     results: dict[bool, list[tuple[Case, Outcome | None]]] = {m: [] for m in modes}
     for case in chosen:
@@ -134,6 +209,8 @@ def main() -> None:
         for part, held_back in (("tuned", False), ("held back", True)):
             pairs = [pair for pair in results[mode] if pair[0].held_back == held_back]
             print_summary(f"{part}, {probe}", pairs)
+    if args.markdown is not None:
+        section.write(page_of(results), args.markdown)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ of a fresh process that builds the model and makes one pass, tracing included.
 
 import argparse
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from page import Section, quartiles, table
 
 from bn_callbacks import recalibrate
 from bn_callbacks.data import Batches
@@ -90,7 +89,6 @@ def void(_: Any) -> None:
 
 
 PEAKS = ("inference", "recalibrate(refine=0)")
-MEMORY_REPEATS = 5
 MB = 2**20
 
 
@@ -140,7 +138,7 @@ def measure_times(name: str, options: argparse.Namespace) -> list[Time]:
     lines = []
     for variant, seconds in times.items():
         ratios = np.array(seconds) / base
-        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+        low, middle, high = quartiles(ratios)
         lines.append(
             Time(name, variant, 1e3 * float(np.median(seconds)), middle, low, high)
         )
@@ -153,7 +151,7 @@ def measure_peaks(name: str, options: argparse.Namespace) -> Peak:
     command += ["--batches", str(options.batches)]
     command += ["--batch-size", str(options.batch_size)]
     peaks: dict[str, list[float]] = {variant: [] for variant in PEAKS}
-    for _ in range(min(options.repeats, MEMORY_REPEATS)):
+    for _ in range(options.memory_repeats):
         for variant, values in peaks.items():
             output = subprocess.run(
                 [*command, "--peak", variant], check=True, stdout=subprocess.PIPE
@@ -161,7 +159,7 @@ def measure_peaks(name: str, options: argparse.Namespace) -> Peak:
             values.append(int(output.split()[-1]) / MB)
     inference, recalibration = (np.array(values) for values in peaks.values())
     difference = recalibration - inference
-    low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
+    low, middle, high = quartiles(difference)
     return Peak(
         name,
         float(np.median(inference)),
@@ -201,26 +199,6 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def machine() -> str:
-    """What all of it ran on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
-
-
-def versions() -> str:
-    """The versions that count."""
-    return (
-        f"Python {platform.python_version()}, TensorFlow {tf.__version__}, "
-        f"Keras {keras.__version__}, NumPy {np.__version__}"
-    )
-
-
 TIMES_HEAD = ("model", "pass", "ms a batch", "ratio", "quartiles")
 PEAKS_HEAD = ("model", *PEAKS, "difference", "quartiles")
 
@@ -248,29 +226,20 @@ def peak_cells(line: Peak) -> tuple[str, ...]:
 
 
 PAGE = """\
-# Benchmarks
+As ratios to an inference pass over the same batches of {batch_size}. *mlp* has three
+dense layers of 1024, each with `BatchNormalization`; the others are those of
+`keras.applications` at 96×96.
 
-What recalibration costs, as ratios to an inference pass over the same batches. This
-page is written by the command below, which takes some minutes:
-
-```bash
-{command}
-```
-
-Measured on {machine}; {versions}; {repeats} repeats in batches of {batch_size}; load of
-the machine at the start {load:.1f}. `mlp` has three dense layers of 1024, each with
-`BatchNormalization`; the others are those of `keras.applications` at 96×96.
-
-## Time
+### Time
 
 All passes over one model run in one process, in turn, traced before. The ratio is to
-the inference pass of the same repeat: the median, and the quartiles. The limit that we
-set ourselves is 1.15 for the first pass. The *eager training forward* is the loop that
-people write by hand.
+the inference pass of the same repeat: the median of {repeats}, and the quartiles. The
+limit that we set ourselves is 1.15 for the first pass. The *eager training forward* is
+the loop that people write by hand.
 
 {times}
 
-## Memory
+### Memory
 
 The peak (resident set) of a fresh process that builds the model and makes one pass,
 tracing included: medians over {memory_repeats} processes each. The limit that we set
@@ -280,29 +249,23 @@ ourselves is a difference of 64 MB.
 """
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--memory-repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--markdown", type=Path, help="write a page with all of it")
+    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         make_pass(options.models[0], options.peak, options)
         return
-    load = os.getloadavg()[0]
-    print(f"{machine()}\n{versions()}\n")
+    section = Section("recalibration")
     peaks = []
     for name in options.models:
         peaks.append(peak_cells(measure_peaks(name, options)))
@@ -313,19 +276,14 @@ def main() -> None:
         for line in measure_times(name, options):
             times.append(time_cells(line))
             print("  ".join(cell.ljust(22) for cell in times[-1]))
-    if options.markdown is not None:
-        page = PAGE.format(
-            command=shlex.join(["python", *sys.argv]),
-            machine=machine(),
-            versions=versions(),
-            repeats=options.repeats,
-            batch_size=options.batch_size,
-            memory_repeats=min(options.repeats, MEMORY_REPEATS),
-            load=load,
-            times=table(TIMES_HEAD, times),
-            peaks=table(PEAKS_HEAD, peaks),
-        )
-        options.markdown.write_text(page, "utf-8")
+    body = PAGE.format(
+        repeats=options.repeats,
+        batch_size=options.batch_size,
+        memory_repeats=options.memory_repeats,
+        times=table(TIMES_HEAD, times),
+        peaks=table(PEAKS_HEAD, peaks),
+    )
+    section.write(body, options.markdown)
 
 
 if __name__ == "__main__":

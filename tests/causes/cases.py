@@ -3,6 +3,7 @@
 import averages
 import batches
 import modes
+import replicas
 import silent
 from kit import Case
 
@@ -10,5 +11,6 @@ CASES: list[Case] = [
     *averages.cases,
     *batches.cases,
     *modes.cases,
+    *replicas.cases,
     *silent.cases,
 ]

@@ -77,6 +77,7 @@ PROBLEMS = {
     causes.INFERENCE_MODE: replace(HEALTHY, is_still=True),
     causes.TINY_BATCH: replace(HEALTHY, batch_size=2.0, windows=random_windows(1.0)),
     causes.LOW_PRECISION: replace(HEALTHY, moving=constant(3), precision=2.0**-7),
+    causes.REPLICAS_DIFFER: replace(HEALTHY, replicas=[constant(0), constant(1)]),
     causes.OUTLIERS: replace(HEALTHY, windows=random_windows(0.01, 50.0)),
     causes.CORRELATED_BATCHES: replace(HEALTHY, windows=random_windows(0.5)),
     causes.WEIGHTS_REPLACED: replace(HEALTHY, are_weights_replaced=True),
@@ -164,6 +165,16 @@ def test_examples_in_an_order_show_in_windows_that_recur():
     assert diagnose(seen).design_effect == pytest.approx(31 / window_noise(0.99, 10))
 
 
+def test_replicas_differ_only_beyond_what_sampling_explains():
+    apart = replace(HEALTHY, replicas=[constant(0), constant(0.6)])
+    assert diagnose(apart).cause == causes.REPLICAS_DIFFER
+    assert diagnose(apart).disagreement == pytest.approx(0.3 / math.sqrt(1.09), rel=0.1)
+    noisy = replace(apart, windows=random_windows(0.9))
+    assert measure(noisy).own_noise > measure(noisy).disagreement
+    assert diagnose(noisy).cause != causes.REPLICAS_DIFFER
+    assert diagnose(replace(apart, loss_gap=1.0)).cause == causes.HEALTHY
+
+
 def test_a_small_last_batch_adds_its_noise():
     seen = replace(HEALTHY, momentum=0.5, windows=random_windows(0.1), window_share=1.0)
     plain = diagnose(seen).noise
@@ -196,6 +207,14 @@ def test_bad_batches_have_advice_without_their_figures():
     for cause in (causes.OUTLIERS, causes.CORRELATED_BATCHES, causes.TINY_BATCH):
         seen = replace(HEALTHY, batch_size=None)
         assert advise(seen, measure(seen), cause, None)
+
+
+def test_advice_quotes_no_scatter_that_belies_it():
+    quiet = replace(HEALTHY, windows=random_windows(0.0001))
+    verdict = diagnose(quiet, causes.CORRELATED_BATCHES)
+    assert verdict.design_effect < 2
+    assert "times as much" not in verdict.advice
+    assert "Batches are no random sample. Shuffle" in verdict.advice
 
 
 def test_a_gap_that_no_layer_explains_means_replaced_weights():

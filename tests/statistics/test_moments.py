@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
+from bn_callbacks.statistics.moments import (
+    Moments,
+    Statistics,
+    pool,
+    pool_batches,
+    pool_replicas,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -274,3 +280,13 @@ def test_pool_of_empty_batches_is_empty():
     nothing = pool_batches(np.zeros(2), np.zeros((2, 3)), np.zeros((2, 3)))
     assert nothing.count == 0
     assert nothing.mean.shape == (3,)
+
+
+@quick
+@given(seed=seeds, replicas=st.integers(1, 5))
+def test_statistics_of_replicas_pool_to_those_of_all_their_values(seed, replicas):
+    values = sample(seed, size=12 * replicas)
+    each = [Moments.from_values(part).statistics for part in np.split(values, replicas)]
+    whole = Moments.from_values(values).statistics
+    for actual, expected in zip(pool_replicas(each), whole, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)

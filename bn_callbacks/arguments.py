@@ -1,0 +1,59 @@
+"""What arguments of the public functions may be, and how a wrong one is shown."""
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+MAX_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its `repr`, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def is_word(value: Any, *words: str) -> bool:
+    """Whether it is one of these words. An array, for one, is not even compared."""
+    return isinstance(value, str) and value in words
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is True or False."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0."""
+    return _is_number(value) and value > 0
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number, as 32 and 32.0 are, of at least so much."""
+    if not _is_number(value):
+        return False
+    is_integral = isinstance(value, numbers.Integral)
+    return (is_integral or float(value).is_integer()) and value >= least
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises a ValueError for anything but a whole number from 1 on, or None."""
+    if value is not None and not is_whole(value, 1):
+        raise ValueError(
+            f"`{name}` must be a positive integer or None. Received: "
+            f"{name}={shown(value)}."
+        )
+
+
+def check_verbose(value: Any) -> None:
+    """Raises a ValueError for what no callback or method of Keras takes either."""
+    if not (is_word(value, "auto") or is_flag(value) or is_whole(value, 0)):
+        raise ValueError(
+            f"`verbose` must be 0, 1 or 'auto'. Received: verbose={shown(value)}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, numbers.Real) and not is_flag(value)
+    return is_real and value == value  # Which NaN is not.

@@ -1,0 +1,85 @@
+"""The command line, `bn-callbacks`."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bn_callbacks.cli.errors import one_line
+from bn_callbacks.cli.options import parse
+from bn_callbacks.cli.paths import check_paths
+
+ERROR = 2
+INTERRUPTED = 130
+"""What shells give a command that Ctrl-C has ended."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The command and its options; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 1 where there are findings, or 2 after an error, or 130
+        after Ctrl-C. One line on stderr tells of an error.
+    """
+    options = parse(arguments)
+    try:
+        # What is wrong with a path shows before TensorFlow's seconds of import.
+        check_paths(options)
+        options.out = sys.stdout
+        with _one_line_warnings(), _quiet_stdout(options):
+            _import_tensorflow(options.debug)
+            command = importlib.import_module(f"{__name__}.{options.command}")
+            status: int = command.run(options)
+    except KeyboardInterrupt:
+        return _fail("interrupted, no output was written", INTERRUPTED)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        return _fail(one_line(error), ERROR)
+    return status
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"bn-callbacks: {message}", file=sys.stderr)
+    return status
+
+
+def _quiet_stdout(options: argparse.Namespace) -> Any:
+    """With `--json`, sends what others print, such as the user's modules, to stderr."""
+    if getattr(options, "json", False):
+        return contextlib.redirect_stdout(sys.stderr)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"bn-callbacks: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _import_tensorflow(is_loud: bool) -> None:
+    """Imports TensorFlow without the lines on GPUs that it writes past Python."""
+    if is_loud or "tensorflow" in sys.modules:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        importlib.import_module("tensorflow")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

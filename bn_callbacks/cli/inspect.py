@@ -1,0 +1,214 @@
+"""`bn-callbacks inspect`: what the BN layers of a saved model store."""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_callbacks.cli.models import load
+from bn_callbacks.cli.sources import open_data
+from bn_callbacks.layers import BatchNormLayer, find, read
+from bn_callbacks.recalibration import audit
+from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
+from bn_callbacks.statistics.causes import HEALTHY
+from bn_callbacks.statistics.diagnosis import GAP_LIMIT
+from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.suspicion import (
+    FROZEN,
+    NEGATIVE_VARIANCE,
+    NON_FINITE,
+    Suspicion,
+    suspect,
+)
+
+CERTAIN = (NON_FINITE, NEGATIVE_VARIANCE)
+"""Suspicions that no data can dispel."""
+
+CLEAR = 0.5
+"""Error that data allow in each channel, in standard deviations, to dispel the rest."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a BN layer stores.
+
+    Args:
+        path: Its path in the model.
+        channels: Length of its statistics.
+        momentum: The weight of the old value in an update.
+        epsilon: What it adds to a variance.
+        dtype: The dtype of its statistics.
+        trainable: Whether it is not frozen.
+        mean: The smallest and the largest moving mean that are finite.
+        variance: The smallest and the largest moving variance that are finite.
+        suspicions: What needs a second look.
+    """
+
+    path: str
+    channels: int
+    momentum: float
+    epsilon: float
+    dtype: str
+    trainable: bool
+    mean: tuple[float, float]
+    variance: tuple[float, float]
+    suspicions: tuple[Suspicion, ...]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints what there is, and returns 1 if something is wrong with it."""
+    model = load(options.model, options.custom_objects, is_trusted=options.unsafe)
+    found = find(model, options.layers)
+    layers = [
+        describe(bn, stored) for bn, stored in zip(found, read(found), strict=True)
+    ]
+    report = None
+    if options.data is not None:
+        x, batch_size = open_data(options.data, model, options)
+        report = audit(
+            model, x, batch_size=batch_size, steps=options.steps, layers=options.layers
+        )
+    findings = find_faults(layers, report)
+    if options.json:
+        print(_as_json(options.model, layers, report, findings), file=options.out)
+    else:
+        print(_as_text(options.model, layers, report, findings))
+    return 1 if findings else 0
+
+
+def describe(bn: BatchNormLayer, stored: Statistics) -> StoredLayer:
+    """What is to be said of a layer without any data."""
+    dtype = str(bn.layer.moving_mean.dtype)
+    return StoredLayer(
+        path=bn.path,
+        channels=bn.channels,
+        momentum=bn.momentum,
+        epsilon=bn.epsilon,
+        dtype=dtype,
+        trainable=bn.trainable,
+        mean=_range(stored.mean),
+        variance=_range(stored.variance),
+        suspicions=suspect(
+            stored,
+            start=bn.initial,
+            epsilon=bn.epsilon,
+            dtype=dtype,
+            trainable=bn.trainable,
+        ),
+    )
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return math.nan, math.nan
+    return float(finite.min()), float(finite.max())
+
+
+def find_faults(
+    layers: Sequence[StoredLayer], report: BatchNormReport | None
+) -> dict[str, list[str]]:
+    """Names of what is wrong with each layer, by path; healthy layers are left out.
+
+    Every suspicion is a fault, but that a layer is frozen. Where there are data, they
+    name the cause, and clear layers that are right for them of most suspicions: of dead
+    channels, for instance, or of raw inputs with a huge variance.
+
+    Args:
+        layers: The layers.
+        report: What the data have shown, if there are any.
+    """
+    judged = {layer.path: layer for layer in report.layers} if report else {}
+    gap = report.loss_gap if report else None
+    faults: dict[str, list[str]] = {}
+    for layer in layers:
+        verdict = judged.get(layer.path)
+        is_cleared = verdict is not None and _is_clear(verdict, layer.channels, gap)
+        names = [
+            suspicion.name
+            for suspicion in layer.suspicions
+            if suspicion.name != FROZEN
+            and (suspicion.name in CERTAIN or not is_cleared)
+        ]
+        if verdict is not None and verdict.cause not in (HEALTHY, *names):
+            names.append(verdict.cause)
+        if names:
+            faults[layer.path] = names
+    return faults
+
+
+def _is_clear(verdict: LayerReport, channels: int, gap: float | None) -> bool:
+    if verdict.cause != HEALTHY or verdict.lag is None:
+        return False
+    if gap is not None:
+        return gap < GAP_LIMIT
+    # The lag is a mean over the channels, in which one bad channel must not hide.
+    return verdict.lag * math.sqrt(channels) < CLEAR
+
+
+def _as_json(
+    model: str,
+    layers: Sequence[StoredLayer],
+    report: BatchNormReport | None,
+    findings: dict[str, list[str]],
+) -> str:
+    content = {
+        "model": model,
+        "healthy": not findings,
+        "findings": findings,
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        "audit": report.to_dict() if report else None,
+    }
+    return json.dumps(plain(content), indent=2)
+
+
+def _as_text(
+    model: str,
+    layers: Sequence[StoredLayer],
+    report: BatchNormReport | None,
+    findings: dict[str, list[str]],
+) -> str:
+    if not layers:
+        return f"{model}: no BatchNormalization layers."
+    headings = ["layer", "suspicious", "channels", "momentum", "epsilon"]
+    rows = [[*headings, "moving mean", "moving variance"]]
+    for layer in layers:
+        names = ", ".join(suspicion.name for suspicion in layer.suspicions)
+        figures = [f"{layer.momentum:g}", f"{layer.epsilon:g}"]
+        ranges = [
+            "{:.3g} .. {:.3g}".format(*ends) for ends in (layer.mean, layer.variance)
+        ]
+        rows.append([layer.path, names or "-", str(layer.channels), *figures, *ranges])
+    parts = [table(rows)]
+    if notes := _notes(layers):
+        parts.append("\n".join(notes))
+    if report is not None:
+        parts.append(f"Against the data:\n\n{report}")
+    verdict = f"{model}: nothing wrong with {_of(len(layers))}."
+    if findings:
+        verdict = f"{model}: findings in {len(findings)} of {_of(len(layers))}."
+    return "\n\n".join([*parts, verdict])
+
+
+def _of(count: int) -> str:
+    return f"{count} BatchNormalization layer{'s' * (count != 1)}"
+
+
+def _notes(layers: Sequence[StoredLayer]) -> list[str]:
+    """What each kind of suspicion means, as the first layer that has it puts it."""
+    seen: dict[str, list[Any]] = {}
+    for layer in layers:
+        for suspicion in layer.suspicions:
+            seen.setdefault(suspicion.name, []).append((layer.path, suspicion.text))
+    notes = []
+    for name, found in seen.items():
+        path, text = found[0]
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        notes.append(f"{name}: {path}{others}: {text}")
+    return notes

@@ -1,0 +1,75 @@
+"""Loading saved models, and what to do about those that cannot be loaded."""
+
+import inspect
+import json
+import re
+import zipfile
+import zlib
+from typing import Any
+
+import keras
+
+from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.cli.modules import import_module
+from bn_callbacks.layers import check_model
+
+_UNKNOWN = re.compile(r"Could not (?:locate|deserialize) (?:class|function) '([^']+)'")
+_UNSAFE = re.compile(r"safe_mode|unsafe|python lambda", re.IGNORECASE)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    json.JSONDecodeError,
+    EOFError,
+    KeyError,
+    OSError,
+    UnicodeDecodeError,
+)
+
+
+def load(path: str, custom_objects: str | None, *, is_trusted: bool) -> keras.Model:
+    """Loads a saved model, compiled as it was.
+
+    Args:
+        path: A `.keras` file.
+        custom_objects: Name of the module with the model's own classes and functions.
+        is_trusted: Whether Python code in the file may run.
+
+    Raises:
+        CommandError: It cannot be loaded; the message says what to do.
+    """
+    objects = _public_objects(custom_objects) if custom_objects else {}
+    try:
+        model = keras.saving.load_model(
+            path, custom_objects=objects, safe_mode=not is_trusted
+        )
+    except Exception as error:
+        raise CommandError(f"{path} {_reason(error)}") from error
+    check_model(model)
+    return model
+
+
+def _public_objects(name: str) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(import_module(name)).items()
+        if not key.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+    }
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    unknown = _UNKNOWN.findall(text)
+    if unknown:
+        return (
+            f"uses {unknown[-1]!r}, which Keras does not know. Pass the module that "
+            "defines it: --custom-objects MODULE."
+        )
+    if _UNSAFE.search(text):
+        return (
+            "holds Python code (a Lambda layer), which safe mode does not run. If you "
+            "trust where the file comes from, pass --unsafe."
+        )
+    if isinstance(error, _DAMAGED):
+        return f"is damaged: {text_of(error)}. Copy or save it again."
+    return f"cannot be loaded. Keras says: {text_of(error)}."

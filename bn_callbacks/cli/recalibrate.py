@@ -1,0 +1,92 @@
+"""`bn-callbacks recalibrate`: a saved model with the statistics of its data."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from bn_callbacks.cli.models import load
+from bn_callbacks.cli.sources import open_data
+from bn_callbacks.cli.writing import replacing
+from bn_callbacks.data import Batches
+from bn_callbacks.layers import count_inputs
+from bn_callbacks.recalibration import Recalibration
+from bn_callbacks.report import RecalibrationReport, plain
+
+
+def run(options: argparse.Namespace) -> int:
+    """Recalibrates and saves; returns 1 if the old statistics were better."""
+    model = load(options.model, options.custom_objects, is_trusted=options.unsafe)
+    report, _ = recalibrate(model, options)
+    path = Path(options.model if options.in_place else options.output)
+    if report.committed:
+        with replacing(path) as new:
+            model.save(new)
+    say_result(report, options, f"Saved {path}.", {"output": str(path)})
+    return 0 if report.committed else 1
+
+
+def recalibrate(
+    model: keras.Model, options: argparse.Namespace
+) -> tuple[RecalibrationReport, Batches]:
+    """Recalibrates as the options say. Returns the report, and the data once more."""
+    x, batch_size = open_data(options.data, model, options)
+    batches = Batches(
+        x, batch_size=batch_size, steps=options.steps, inputs=count_inputs(model)
+    )
+    validation = None
+    if options.validation is not None:
+        validation = open_data(options.validation, model, options).x
+    recalibration = Recalibration(
+        model,
+        batches,
+        tolerance=options.tolerance,
+        refine=options.refine,
+        dropout=options.dropout,
+        layers=options.layers,
+        validation_data=validation,
+    )
+    # Keras' progress bar is for terminals only: elsewhere it writes endless lines.
+    shows_bar = sys.stdout.isatty() and not options.json
+    if not options.json and not shows_bar:
+        print(f"Recalibrating {options.model} with {options.data}", flush=True)
+    report = recalibration.run(1 if shows_bar else 0)
+    if not options.json:
+        before = f"Before:\n\n{report.before}\n"
+        # With the bar, the report itself is printed at its end.
+        print(before if shows_bar else f"\n{before}\n{report}")
+    return report, batches
+
+
+def say_result(
+    report: RecalibrationReport,
+    options: argparse.Namespace,
+    done: str,
+    facts: dict[str, Any],
+) -> None:
+    """Prints the last line, or all of it as JSON.
+
+    Args:
+        report: What the recalibration has shown.
+        options: The command's options.
+        done: What was written, in a sentence.
+        facts: The same for JSON; None for each where nothing was written.
+    """
+    if options.json:
+        if not report.committed:
+            facts = dict.fromkeys(facts)
+        content = {"model": options.model, **as_dict(report), **facts}
+        print(json.dumps(plain(content), indent=2), file=options.out)
+    elif report.committed:
+        print(done)
+    else:
+        print("Nothing was written: recalibration would raise the validation loss.")
+
+
+def as_dict(report: RecalibrationReport) -> dict[str, Any]:
+    """A report as plain Python values."""
+    fields = {name: value for name, value in vars(report).items() if name[0] != "_"}
+    return {**fields, "before": report.before.to_dict()}

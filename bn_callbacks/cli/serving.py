@@ -1,0 +1,220 @@
+"""A SavedModel of a model, and the proof that it computes the same."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from bn_callbacks.cli import served
+from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.data import Batch
+from bn_callbacks.layers import (
+    compute_precision,
+    forward,
+    stateless,
+    takes_any_batch,
+    to_model_inputs,
+)
+
+SAMPLES = 128
+"""Samples to compare, in whole batches: enough to see any mistake in a graph."""
+
+BOUND = 1e-3
+"""Largest difference in an output, in standard deviations of that output."""
+
+ROUNDING = 32
+"""Rounding errors that an output may have beside that: machine epsilons of itself."""
+
+Arrays = list[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparison has shown.
+
+    Args:
+        difference: The largest difference of an output, in its standard deviations.
+        samples: The samples compared.
+        bound: The largest difference that is allowed.
+    """
+
+    difference: float
+    samples: int
+    bound: float = BOUND
+
+    def __str__(self) -> str:
+        return (
+            f"Loaded with TensorFlow alone, its outputs on {self.samples:,} samples "
+            f"differ from the model's by at most {self.difference:.2g} standard "
+            f"deviations (bound: {self.bound:g})."
+        )
+
+
+def export_saved_model(model: keras.Model, path: Path) -> None:
+    """Writes a SavedModel, without the page that Keras prints about it.
+
+    Raises:
+        CommandError: Keras cannot make a graph of the model.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model.export(str(path))
+    except (OSError, tf.errors.OpError):
+        raise
+    except Exception as error:
+        raise CommandError(
+            f"Keras cannot export the model: {text_of(error)}. Nothing was left behind."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an export has to compute.
+
+    Args:
+        inputs: The model's inputs in each batch.
+        outputs: What the model computes from them.
+        samples: The samples in all batches.
+        precision: Machine epsilon of the model's computations.
+    """
+
+    inputs: list[Arrays]
+    outputs: list[Arrays]
+    samples: int
+    precision: float
+
+
+def expect(model: keras.Model, batches: Iterable[Batch]) -> Expectation:
+    """What an export of the model, as it is now, has to compute from data.
+
+    The model is called in inference mode, layer by layer and not through a graph. The
+    first sample comes once more on its own, as a batch of another size.
+    """
+    inputs: list[Arrays] = []
+    outputs: list[Arrays] = []
+    samples = 0
+    for x, *_ in batches:
+        size = int(tf.nest.flatten(x)[0].shape[0])
+        parts = [x]
+        if not samples and size > 1 and takes_any_batch(model):
+            parts.append(tf.nest.map_structure(lambda tensor: tensor[:1], x))
+        for part in parts:
+            with tf.device("/CPU:0"), stateless(model):
+                result = forward(model, part, training=False)
+                given = to_model_inputs(model, part)
+            inputs.append([served.storable(one) for one in given])
+            outputs.append([served.storable(one) for one in tf.nest.flatten(result)])
+        samples += size
+        if samples >= SAMPLES:
+            break
+    return Expectation(inputs, outputs, samples, compute_precision(model))
+
+
+def verify(path: Path, expected: Expectation) -> Proof:
+    """Compares what a SavedModel computes with what it has to compute.
+
+    Another process loads it with TensorFlow, in which importing Keras fails, as on a
+    server: what depends on this process, such as `tf.numpy_function`, shows. Both run
+    on the CPU, so that nothing but the export can make a difference.
+
+    Args:
+        path: The SavedModel's directory.
+        expected: What it has to compute.
+
+    Raises:
+        CommandError: It computes something else, or does not run.
+    """
+    results = _serve(path, expected.inputs)
+    worst = 0.0
+    for index in range(len(expected.outputs[0])):
+        wanted = [outputs[index] for outputs in expected.outputs]
+        given = [outputs[index] for outputs in results]
+        worst = max(worst, _difference(wanted, given, expected.precision))
+    if not worst <= BOUND:
+        raise CommandError(
+            "The export does not compute what the model does, and was removed. "
+            f"Received: outputs on {expected.samples:,} samples that differ by up to "
+            f"{worst:.2g} standard deviations (bound: {BOUND:g}). Look for layers that "
+            "draw random numbers, or run in training mode where `training` is not "
+            "passed."
+        )
+    return Proof(worst, expected.samples)
+
+
+def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:
+    """What a SavedModel computes in a process of its own."""
+    package = str(Path(served.__file__).parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [package, os.environ.get("PYTHONPATH")])
+        ),
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        given, results = Path(directory, "given.npz"), Path(directory, "results.npz")
+        served.save(given, inputs)
+        done = subprocess.run(
+            [sys.executable, "-m", served.__name__, path, given, results],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise CommandError(
+                "The export cannot be loaded and run with TensorFlow alone, and was "
+                f"removed. It says: {lines[-1]}"
+            )
+        return served.load(results)
+
+
+def _difference(
+    wanted: list[NDArray[Any]], given: list[NDArray[Any]], precision: float
+) -> float:
+    """The largest difference of one output, in its own standard deviations.
+
+    Args:
+        wanted: What the model computes, for each batch.
+        given: What the export computes.
+        precision: Machine epsilon of the model's computations.
+    """
+    if any(one.shape != other.shape for one, other in zip(wanted, given, strict=True)):
+        return np.inf
+    if not np.issubdtype(wanted[0].dtype, np.floating):
+        pairs = zip(wanted, given, strict=True)
+        return 0.0 if all(np.array_equal(*pair) for pair in pairs) else np.inf
+    one, other = _rows(wanted), _rows(given)
+    if not np.isfinite(one).all():
+        raise CommandError(
+            "The model's own outputs are not finite on the data, so that the export "
+            "cannot be verified; it was removed. Look for NaN in weights and data."
+        )
+    # An output that never varies may differ by rounding alone.
+    rounding = ROUNDING * precision * np.abs(one).max(axis=0)
+    scale = one.std(axis=0) + rounding / BOUND
+    difference = np.abs(other - one)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(difference == 0, 0.0, difference / scale)
+    return float(np.where(np.isfinite(other), ratio, np.inf).max())
+
+
+def _rows(batches: list[NDArray[Any]]) -> NDArray[np.float64]:
+    """All values of an output, with a column for each unit."""
+    units = batches[0].shape[-1] if batches[0].ndim > 1 else 1
+    return np.concatenate(
+        [part.astype(np.float64).reshape(-1, units) for part in batches]
+    )

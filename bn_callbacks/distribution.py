@@ -1,0 +1,150 @@
+"""The replicas and workers of a `tf.distribute` strategy, as a team."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+_MESSAGE_BYTES = 1000
+
+
+class Team:
+    """Those who share the work of a pass: replicas here, workers elsewhere.
+
+    Workers talk to each other in `agreed` and `gather` alone, which all of them must
+    come to in the same order. What may fail is done in `agreed`, so that nobody waits
+    for one that has failed. When a worker has died, TensorFlow gives up within its own
+    time-out.
+
+    Args:
+        strategy: The strategy; None for none.
+
+    Attributes:
+        replicas: Number of replicas in this process.
+        workers: Number of processes.
+        worker: Number of this process; 0 is the chief.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy | None = None) -> None:
+        self._strategy = strategy
+        self._ids: list[int] = [0]
+        total = 1
+        if strategy is not None:
+            self._ids = []
+            strategy.experimental_distribute_values_from_function(self._add_id)
+            total = strategy.num_replicas_in_sync
+        self.replicas = len(self._ids)
+        self.workers = total // self.replicas
+        self.worker = self._ids[0] // self.replicas
+
+    def _add_id(self, context: Any) -> Any:
+        self._ids.append(context.replica_id_in_sync_group)
+        return tf.constant(0)
+
+    @property
+    def size(self) -> int:
+        """Number of replicas of all workers."""
+        return self.replicas * self.workers
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that speaks and writes files."""
+        return self.worker == 0
+
+    def run(self, function: Callable[[int], Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """Runs a function on each replica of this process, in a `tf.function`.
+
+        Args:
+            function: Gets the number of the replica, and returns tensors.
+
+        Returns:
+            What each replica has returned.
+        """
+        if self._strategy is None:
+            return [tuple(function(0))]
+
+        def on_replica() -> tuple[Any, ...]:
+            context = tf.distribute.get_replica_context()
+            replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+            return tuple(function(replica - self._ids[0]))
+
+        columns = self._strategy.run(on_replica)
+        return list(zip(*map(self.parts, columns), strict=True))
+
+    def parts(self, value: Any) -> tuple[Any, ...]:
+        """The parts of a distributed value that lie in this process."""
+        if self._strategy is None:
+            return (value,)
+        parts: tuple[Any, ...] = self._strategy.experimental_local_results(value)
+        return parts
+
+    def gather(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The rows of all workers, each of the same length.
+
+        Raises:
+            RuntimeError: Another worker does not answer.
+        """
+        if self._strategy is None or self.workers == 1:
+            return row[None]
+
+        def mine(context: Any) -> Any:
+            rows = np.zeros((self.workers, len(row)))
+            if context.replica_id_in_sync_group == self._ids[0]:
+                rows[self.worker] = row
+            return tf.constant(rows)
+
+        # A sum with nothing but zeros: exact, and the same on all workers.
+        rows = self._strategy.experimental_distribute_values_from_function(mine)
+        try:
+            total: NDArray[np.float64] = self._strategy.reduce(
+                tf.distribute.ReduceOp.SUM, rows, axis=None
+            ).numpy()
+        except tf.errors.OpError as error:
+            raise RuntimeError(
+                "Another worker does not answer, so that nothing is changed here. "
+                f"Received: {str(error)[:300]}. Look for what ended it, and start all "
+                "workers again."
+            ) from error
+        return total
+
+    def everywhere(self, is_so: bool) -> bool:
+        """Whether it is so on all workers."""
+        return bool(self.gather(np.array([float(is_so)])).all())
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Ends when all workers have done what is inside, and raises if any failed.
+
+        Raises:
+            Exception: What was raised inside, here.
+            RuntimeError: Another worker has failed inside, or does not answer.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            if self.workers == 1:
+                raise
+            error = raised
+        if self.workers == 1:
+            return
+        failed = np.flatnonzero(self.gather(np.array([float(error is not None)])))
+        if len(failed):
+            texts = self._tell("" if error is None else str(error) or repr(error))
+            if error is not None:
+                raise error
+            raise RuntimeError(
+                f"Worker {failed[0]} has failed, so that nothing is changed on any. "
+                f"Received there: {texts[failed[0]]}"
+            )
+
+    def _tell(self, text: str) -> list[str]:
+        letters = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)
+        row = np.pad(letters.astype(np.float64), (0, _MESSAGE_BYTES - len(letters)))
+        return [
+            bytes(values.astype(np.uint8)).rstrip(b"\0").decode(errors="ignore")
+            for values in self.gather(row)
+        ]

@@ -1,0 +1,89 @@
+"""What a model takes as its inputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_EPSILON = {"float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True)
+class InputLayout:
+    """What a model takes.
+
+    Args:
+        names: A name for each input.
+        shapes: The shape of each, the batch's axis included; unknown sizes are None.
+        is_dict: Whether they come as a dictionary.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
+    is_dict: bool = False
+
+
+def input_layout(model: keras.Model) -> InputLayout | None:
+    """What a model takes, in its own order; None where that cannot be known."""
+    inputs = getattr(model, "inputs", None) if model.built else None
+    if inputs is None:
+        return _as_built(model)
+    # A sequential model that nobody has called has no `input` before Keras 3.1.
+    structure = inputs if isinstance(model, keras.Sequential) else model.input
+    if isinstance(structure, dict):
+        names = sorted(structure)
+        inputs = [structure[name] for name in names]
+        is_dict = True
+    else:
+        names = [tensor.name for tensor in inputs]
+        is_dict = False
+    return InputLayout(
+        tuple(names), tuple(tuple(tensor.shape) for tensor in inputs), is_dict
+    )
+
+
+def _as_built(model: keras.Model) -> InputLayout | None:
+    built = list((getattr(model, "_build_shapes_dict", None) or {}).values())
+    if len(built) != 1:
+        return None
+    if isinstance(built[0], dict):
+        names = sorted(built[0])
+        shapes = [built[0][name] for name in names]
+    else:
+        shapes = [built[0]] if _is_shape(built[0]) else list(built[0])
+        names = [f"x_{i}" for i in range(len(shapes))] if len(shapes) > 1 else ["x"]
+    if not all(map(_is_shape, shapes)):
+        return None
+    # Of a subclassed model Keras keeps the shape of the very batch it was built on.
+    return InputLayout(
+        tuple(names),
+        tuple((None, *shape[1:]) for shape in shapes),
+        isinstance(built[0], dict),
+    )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and not any(
+        isinstance(size, (tuple, list, dict)) for size in value
+    )
+
+
+def to_model_inputs(model: keras.Model, x: Any) -> list[Any]:
+    """Inputs as the model's own graph takes them: flat, in its order and its dtypes."""
+    graph = getattr(model, "_functional", model)
+    if hasattr(graph, "_standardize_inputs"):
+        return list(graph._standardize_inputs(x))
+    return list(tf.nest.flatten(x))
+
+
+def takes_any_batch(model: keras.Model) -> bool:
+    """Whether the batch size was left open when the model was built."""
+    layout = input_layout(model)
+    return layout is None or all(shape[0] is None for shape in layout.shapes)
+
+
+def compute_precision(model: keras.Model) -> float:
+    """Machine epsilon of the least precise dtype that the model computes in."""
+    dtypes = {str(layer.compute_dtype) for layer in model._flatten_layers()}
+    return max(_EPSILON.get(dtype, 2.0**-23) for dtype in dtypes)

@@ -1,0 +1,85 @@
+"""A training loop without `fit`, with the library's callbacks and functions in it.
+
+    python -m pip install ".[demo]"      # from a clone
+    python docs/examples/custom_loop.py
+
+`keras.callbacks.CallbackList` calls the callbacks as `fit` would. The calls that the
+monitor needs: the beginning and end of training and of each epoch, and the beginning of
+each step. `audit` and `recalibrate` need a model, and no loop at all.
+"""
+
+import warnings
+
+import keras
+import tensorflow as tf
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import bn_callbacks as bn
+
+EPOCHS, BATCH = 3, 64
+
+keras.utils.set_random_seed(0)
+x, y = load_digits(return_X_y=True)
+x_train, x_val, y_train, y_val = train_test_split(
+    (x / 16).astype("float32"), y, test_size=400, random_state=0
+)
+data = tf.data.Dataset.from_tensor_slices((x_train, y_train))
+data = data.shuffle(len(x_train), seed=0).batch(BATCH, drop_remainder=True)
+steps = int(data.cardinality())
+
+model = keras.Sequential([keras.Input((64,))])
+for _ in range(2):
+    model.add(keras.layers.Dense(64))
+    model.add(keras.layers.BatchNormalization())
+    model.add(keras.layers.ReLU())
+model.add(keras.layers.Dense(10))
+# For the monitor, which counts the optimizer's steps, and for a loss in `audit`.
+model.compile(
+    keras.optimizers.Adam(0.01),
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+)
+
+
+@tf.function
+def train_step(x, y):
+    with tf.GradientTape() as tape:
+        # Without `training=True` BatchNormalization would be off.
+        loss = model.compute_loss(x, y, model(x, training=True))
+    variables = model.trainable_variables
+    gradients = tape.gradient(loss, variables)
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return loss
+
+
+def validation_loss():
+    return float(model.compute_loss(x_val, y_val, model(x_val, training=False)))
+
+
+monitor = bn.BatchNormMonitor()
+callbacks = keras.callbacks.CallbackList(
+    [monitor], model=model, epochs=EPOCHS, steps=steps, verbose=0
+)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", bn.BatchNormWarning)
+    callbacks.on_train_begin()
+    for epoch in range(EPOCHS):
+        callbacks.on_epoch_begin(epoch)
+        for step, batch in enumerate(data):
+            callbacks.on_train_batch_begin(step)
+            loss = train_step(*batch)
+            callbacks.on_train_batch_end(step)
+        logs = {"loss": float(loss), "val_loss": validation_loss()}
+        # The validation loss as it would be with the right statistics.
+        with bn.recalibrated(model, x_train, verbose=0):
+            logs["val_loss_recalibrated"] = validation_loss()
+        print(" ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+        callbacks.on_epoch_end(epoch, logs)
+    callbacks.on_train_end(logs)
+for warning in caught:
+    print(f"\n{warning.message}")
+
+print("\nBefore the export:")
+print(bn.recalibrate(model, x_train, verbose=0))
+report = bn.audit(model, (x_train, y_train))
+print(f"validation loss {validation_loss():.4f}, loss gap {report.loss_gap:.3f}")
