@@ -25,6 +25,7 @@ from bn_callbacks import (
     RecalibrateBatchNorm,
     RecalibrationReport,
 )
+from bn_callbacks.layers import find, iterations
 from bn_callbacks.tensorboard import SUBDIRECTORY, ReportWriter
 from bn_callbacks.tensorboard.panels import escape, recalibration_panel
 from bn_callbacks.tensorboard.writer import OVERVIEW
@@ -335,18 +336,12 @@ def test_moving_and_batch_statistics_are_two_runs_of_the_same_tags(tmp_path):
     )
     # The first layer sees this data whatever is learnt, in one batch an epoch.
     fit(model, monitor_of(tmp_path, 1000), look, epochs=3, batch_size=len(X))
-    path = model.layers[0].path
+    paths = [bn.path for bn in find(model)]
+    path = paths[0]
     mu, sigma = f"bn/mu/{path}", f"bn/sigma/{path}"
     moving, batch = (read(tmp_path, f"{SUBDIRECTORY}/{x}") for x in ("moving", "batch"))
-    assert (
-        moving.keys()
-        == batch.keys()
-        == {
-            f"bn/{name}/{model.layers[i].path}"
-            for name in ("mu", "sigma")
-            for i in (0, 2)
-        }
-    )
+    tags = {f"bn/{name}/{path}" for name in ("mu", "sigma") for path in paths}
+    assert moving.keys() == batch.keys() == tags
     for step, (mean, variance) in enumerate(stored, 1):
         assert moving[mu][step] == approx(root_mean(mean**2))
         assert moving[sigma][step] == approx(root_mean(variance))
@@ -377,7 +372,7 @@ def test_the_layout_overlays_them_by_a_regular_expression_for_each_layer(watched
         for key, (pattern,) in charts.items()
     }
     assert all(shown.values()), "no chart is empty"
-    path = watched.model.layers[2].path
+    path = find(watched.model)[1].path
     assert shown["Mean: moving against batches", path] == {f"bn/mu/{path}"}
     assert shown["Lag, and what of it is noise", path] <= {
         f"bn/lag/{path}",
@@ -392,7 +387,7 @@ def test_the_layout_overlays_them_by_a_regular_expression_for_each_layer(watched
 def test_once_an_epoch_there_is_a_histogram_of_the_channels_lags(watched):
     written = read(watched.directory, plugin="histograms")
     lags = read(watched.directory)
-    for layer, channels in zip(watched.model.layers[:3:2], (3, 4), strict=True):
+    for layer, channels in zip(find(watched.model), (3, 4), strict=True):
         histogram = written[f"bn/per_channel_lag/{layer.path}"]
         assert list(histogram) == [10, 20, 30]
         for step, buckets in histogram.items():
@@ -566,7 +561,7 @@ def test_steps_are_those_of_the_batches_of_keras(tmp_path):
     made = []
     model = make_model()
     look = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_, **__: made.append(int(model.optimizer.iterations))
+        on_train_batch_end=lambda *_, **__: made.append(iterations(model))
     )
     keras_own = keras.callbacks.TensorBoard(tmp_path, update_freq=1)
     fit(model, keras_own, monitor_of(tmp_path, 1), look, epochs=2)

@@ -4,15 +4,11 @@ Screenshots are kept in `test-results/` of the clone.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from benchmarks.event_files import make_report
 from tensorboard_page import Page, browser, missing, tensorboard
 
@@ -111,14 +107,12 @@ def test_time_series_reads_from_the_summary_down(small):
     # Before the charts of layers, and before those of Keras.
     assert titles[0] == "BN summary"
     assert {"batch_loss", "bn", "epoch_loss"} <= set(titles)
-    expected = [
-        f"BN summary/{name}"
-        for name in ("lag_map", "layers_lagging", "loss_gap", "max_lag")
-    ]
+    # A picture has a card for each run; cards out of sight are not drawn.
+    names = ("lag_map", "lag_map", "layers_lagging", "loss_gap")
     small.wait(
         "const tags = deep('metrics-card-groups tb-truncated-path').map(text);"
         "return arguments[0].every((tag, index) => tags[index] === tag)",
-        expected,
+        [f"BN summary/{name}" for name in names],
     )
     small.screenshot(SCREENSHOTS / "time_series.png")
 
