@@ -22,7 +22,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        # What was received may have lines of its own.
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {line}. See {self.prog} --help.\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -233,7 +233,8 @@ def suggest_momentum(steps: int) -> float:
             f"Received: steps={repr(steps)[:80]}. "
             "Pass the steps of the whole run: steps an epoch times epochs."
         )
-    return min(max(1.0 - 10.0 / steps, 0.0), 0.999)
+    # Beyond this even a number too large for a float gives the same.
+    return min(max(1.0 - 10.0 / min(steps, 10_000), 0.0), 0.999)
 
 
 def _without(value: ArrayLike, start: ArrayLike, odds: float) -> NDArray[np.float64]:

@@ -89,6 +89,7 @@ def check(seen: list[tuple[dict[str, int], float]], megabytes: float) -> None:
     assert last[1] - settled[1] <= megabytes, [round(rss) for _, rss in seen]
 
 
+@pytest.mark.slow
 def test_nothing_grows_in_short_fits(tmp_path: Path) -> None:
     check(run(tmp_path, fits=3, steps=40), megabytes=30)
 
