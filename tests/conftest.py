@@ -18,6 +18,9 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * 4,
 )
 
+# A script, which only runs as one of several workers.
+collect_ignore = ["workers.py"]
+
 # Keras collects garbage with each new session; what the imports made is not garbage.
 gc.freeze()
 

@@ -40,7 +40,15 @@ STRATEGIES: dict[str, Callable[[], tf.distribute.Strategy]] = {
 }
 
 
-@pytest.fixture(params=STRATEGIES)
+QUICK = "mirrored 2"
+
+
+@pytest.fixture(
+    params=[
+        name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in STRATEGIES
+    ]
+)
 def strategy(request: pytest.FixtureRequest) -> tf.distribute.Strategy:
     return STRATEGIES[request.param]()
 

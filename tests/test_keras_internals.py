@@ -50,10 +50,12 @@ INTERNALS = {
     "_compiled_trainable_state": "test_compile_still_notes_what_is_trainable",
     "_distribute_strategy": "test_models_still_know_their_strategy",
     "_flatten_layers": "test_keras_still_flattens_layers_of_every_container",
+    "_functional": "test_models_still_standardize_their_inputs",
     "_iterations": "test_optimizers_still_count_their_steps",
     "_layers": "test_layers_still_hold_their_children_in_layers",
     "_moments": "test_batch_normalization_still_takes_its_statistics_from_moments",
     "_nodes_by_depth": "test_functional_models_still_have_nodes_with_operations",
+    "_standardize_inputs": "test_models_still_standardize_their_inputs",
     "_trainable": "test_batch_normalization_still_looks_at_trainable_when_called",
     "unscale_loss_for_distribution": "test_losses_are_still_scaled_for_replicas",
     # Public in name, but nobody promises them.
@@ -170,6 +172,13 @@ def test_functional_models_still_have_nodes_with_operations() -> None:
     nodes = [node for depth in model._nodes_by_depth.values() for node in depth]
     used = [node.operation for node in nodes].count(shared)
     assert used == 2, "Function._nodes_by_depth or Node.operation"
+
+
+def test_models_still_standardize_their_inputs() -> None:
+    for model in (dense(), keras.Model(inputs := keras.Input((6,)), BN()(inputs))):
+        graph = getattr(model, "_functional", model)
+        (standardized,) = graph._standardize_inputs(tf.cast(X, tf.float64))
+        assert standardized.dtype == "float32", "Functional._standardize_inputs"
 
 
 def test_layers_still_hold_their_children_in_layers() -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from bn_callbacks import pictures
+from bn_callbacks.budget import Budget
 from bn_callbacks.report import BatchNormReport, LayerReport, RecalibrationReport
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
 from bn_callbacks.statistics.lag import channel_lags
@@ -37,6 +38,12 @@ OVERVIEW = "BN summary"
 GROWTH = 0.1
 """Share by which training must have grown since the last picture for another one."""
 
+PICTURE_SHARE = 0.01
+"""Share of the time that drawing takes at most, but for the last picture."""
+
+PICTURE_COST = 0.3
+"""Seconds that drawing takes: a guess, until it has been timed."""
+
 NO_PICTURE = (
     "There is no heat map, for matplotlib is not installed. Install it with: "
     'python -m pip install "bn-callbacks[plot]"'
@@ -64,8 +71,9 @@ class ReportWriter:
     """Writes what the reports of one `fit` say into event files, opened on first use.
 
     Charts and a table come with each report; histograms, texts and the heat map at the
-    ends of epochs, and the heat map only where there is something to see that the last
-    one did not show. It needs matplotlib; without it there is none.
+    ends of epochs; the heat map only where there is something to see that the last one
+    did not show and a hundredth of the time has paid for it, and at the end. It needs
+    matplotlib; without it there is none.
 
     Args:
         log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
@@ -94,6 +102,7 @@ class ReportWriter:
         self._history = LagHistory(start)
         self._since: dict[str, int] = {}
         self._drawn_at = start
+        self._budget = Budget(PICTURE_SHARE, PICTURE_COST)
         self._written: BatchNormReport | None = None
 
     def write(
@@ -195,12 +204,17 @@ class ReportWriter:
     def _picture(
         self, report: BatchNormReport, step: int, is_last: bool
     ) -> list[Summary]:
-        is_due = step - self._drawn_at > GROWTH * (self._drawn_at - self._start)
+        has_grown = step - self._drawn_at > GROWTH * (self._drawn_at - self._start)
+        is_due = has_grown and self._budget.allows()
         if is_last:
             is_due = step > self._drawn_at
         if not (is_due and pictures.is_available() and report.layers):
             return []
         self._drawn_at = step
+        with self._budget.spend():
+            return [self._draw(report, step)]
+
+    def _draw(self, report: BatchNormReport, step: int) -> Summary:
         paths = [layer.path for layer in report.layers]
         figure = pictures.draw_heat_map(
             paths,
@@ -211,9 +225,7 @@ class ReportWriter:
             f"{report.headline} at step {step:,}",
         )
         png, size = pictures.to_png(figure)
-        return [
-            image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
-        ]
+        return image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
 
 
 def _scalars(

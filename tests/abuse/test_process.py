@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# Several processes, each of which imports TensorFlow.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 0.2
 """Seconds that importing may add to TensorFlow's and Keras' own."""

@@ -76,6 +76,7 @@ def unnamed(report: Any) -> list[dict[str, Any]]:
     return [{**vars(layer), "path": "", "advice": ""} for layer in report.layers]
 
 
+@pytest.mark.slow
 def test_two_models_are_watched_and_recalibrated_at_once(tmp_path: Any) -> None:
     alone = [train(net(seed), tmp_path / f"alone {seed}") for seed in (1, 2)]
     models = [net(seed) for seed in (1, 2)]

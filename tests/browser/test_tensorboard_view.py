@@ -55,6 +55,7 @@ def write_large(log_dir):
             step += 20
             report, evidence = make_report(LARGE, seed=step)
             writer.write(report, step, evidence, ends_epoch=part == 2)
+    writer.conclude(report, step)
     writer.close()
 
 

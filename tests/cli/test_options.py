@@ -38,6 +38,7 @@ def received(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_the_demo_runs_as_a_module_with_its_defaults(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bn_callbacks", "demo"],

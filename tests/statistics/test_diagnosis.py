@@ -211,10 +211,11 @@ def test_bad_batches_have_advice_without_their_figures():
 
 def test_advice_quotes_no_scatter_that_belies_it():
     quiet = replace(HEALTHY, windows=random_windows(0.0001))
-    verdict = diagnose(quiet, causes.CORRELATED_BATCHES)
-    assert verdict.design_effect < 2
-    assert "times as much" not in verdict.advice
-    assert "Batches are no random sample. Shuffle" in verdict.advice
+    figures = measure(quiet)
+    assert figures.design_effect < 2
+    text = advise(quiet, figures, causes.CORRELATED_BATCHES, None)
+    assert "times as much" not in text
+    assert "Batches are no random sample. Shuffle" in text
 
 
 def test_a_gap_that_no_layer_explains_means_replaced_weights():
