@@ -349,6 +349,7 @@ def after_writing(written, batches, momentum):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "is_first", "is_validated"),
     [

@@ -118,6 +118,7 @@ def test_the_result_is_that_of_a_single_device(
     assert ours.residual == pytest.approx(theirs.residual, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_batches_than_replicas() -> None:
     model, reference = twin(mirrored(4), lambda: dense(2))
     for x in (normal(3, 6), normal(40, 6)):
@@ -126,6 +127,7 @@ def test_fewer_batches_than_replicas() -> None:
         assert_same(model, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"tolerance": 0.2}, {"dropout": True}])
 def test_every_option_gives_what_a_single_device_gives(
     arguments: dict[str, Any],
@@ -153,6 +155,7 @@ def test_synchronized_layers_and_generators() -> None:
     assert_same(model, reference)
 
 
+@pytest.mark.slow
 def test_a_distributed_dataset_is_read_as_it_is_divided() -> None:
     strategy = mirrored(4)
     model, reference = twin(strategy, lambda: single(6))
@@ -167,6 +170,7 @@ def test_a_distributed_dataset_is_read_as_it_is_divided() -> None:
     assert_same(model, reference)
 
 
+@pytest.mark.slow
 def test_inside_the_scope_as_outside() -> None:
     strategy = mirrored(2)
     for build, x in ((lambda: dense(2), normal(50, 6)), (in_loop, normal(50, 3, 6))):
@@ -232,6 +236,7 @@ def test_replicas_that_see_different_data_are_told() -> None:
     assert bn.audit(model, x).worst.cause == "healthy"
 
 
+@pytest.mark.slow
 def test_synchronized_layers_do_not_differ() -> None:
     monitor = bn.BatchNormMonitor(on_lag="raise")
     model, _ = fitted(True, callbacks=[monitor])
@@ -239,6 +244,7 @@ def test_synchronized_layers_do_not_differ() -> None:
     assert bn.audit(model).worst.cause == "healthy"
 
 
+@pytest.mark.slow
 def test_random_shares_are_no_finding() -> None:
     with mirrored(2).scope():
         model = keras.Sequential(
@@ -255,6 +261,7 @@ def test_random_shares_are_no_finding() -> None:
     assert monitor.report.worst.cause == "healthy"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(KERAS < (3, 3), reason="Keras counts batches, not examples")
 def test_the_batch_size_is_that_of_a_replica() -> None:
     monitor = bn.BatchNormMonitor(on_lag="ignore")
@@ -269,6 +276,7 @@ def bn_of(synchronized: bool) -> Any:
     return find(single(synchronized=synchronized))[0]
 
 
+@pytest.mark.slow
 def test_the_callbacks_write_every_copy_and_put_every_copy_back() -> None:
     x, y = by_replica()
     during: list[list[list[bytes]]] = []
@@ -291,6 +299,7 @@ def test_the_callbacks_write_every_copy_and_put_every_copy_back() -> None:
     assert all(len(set(parts)) == 1 for parts in copies(model))
 
 
+@pytest.mark.slow
 def test_debiasing_pools_the_replicas() -> None:
     model, _ = fitted(False, callbacks=[bn.DebiasBatchNorm()])
     assert all(len(set(parts)) == 1 for parts in copies(model))

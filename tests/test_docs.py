@@ -14,7 +14,7 @@ from bn_callbacks.statistics import causes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # They train a model for each cause or recipe: more than a few seconds.
-SLOW = {"causes.md", "recipes.md"}
+SLOW = {"causes.md", "command-line.md", "distribution.md", "recipes.md"}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

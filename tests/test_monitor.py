@@ -360,6 +360,7 @@ def test_statistics_replaced_between_epochs_are_not_misread(how, tmp_path):
     assert monitor.report.worst.start_weight == pytest.approx(0.99**10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["validation", "epoch_end"])
 @pytest.mark.parametrize("is_first", [False, True])
 def test_our_own_recalibration_is_not_misread(when, is_first):

@@ -102,6 +102,7 @@ def recalibration_of(before, after):
 # --- Nothing overlaps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5, 40, 200])
 @pytest.mark.parametrize(
     "draw",

@@ -108,6 +108,7 @@ def test_a_model_is_not_recalibrated_by_itself():
     assert_not_recalibrated(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "is_validated"),
     [
@@ -199,6 +200,7 @@ def test_at_epoch_end_the_averages_go_on_from_the_new_ones():
     np.testing.assert_allclose(look.seen[2][0], pooled, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_fit_recalibrates_again():
     model = make_model()
     callback = RecalibrateBatchNorm(X)
@@ -225,6 +227,7 @@ def test_evaluating_outside_fit_changes_nothing():
 # --- Data and options
 
 
+@pytest.mark.slow
 def test_a_generator_serves_several_recalibrations():
     parts = (part for part in X.reshape(-1, BATCH, CHANNELS))
     model = make_model()
@@ -289,6 +292,7 @@ def ema():
     return keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["train_end", "epoch_end"])
 def test_statistics_fit_the_averaged_weights_of_the_optimizer(when):
     model = make_model(ema())

@@ -748,6 +748,7 @@ def test_the_model_still_trains_saves_and_clones(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_training_after_recalibration_is_training_as_if_without() -> None:
     one, other = compiled(scatter(dense(2))), compiled(scatter(dense(2)))
     other.set_weights(one.get_weights())

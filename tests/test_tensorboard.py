@@ -190,6 +190,7 @@ def test_writing_between_the_ends_of_epochs_must_not_take_long(tmp_path, monkeyp
     assert sorted(read(tmp_path)["bn/summary/max_lag"]) == [10, 20]
 
 
+@pytest.mark.slow
 def test_how_often_scalars_are_written_changes_no_figure(tmp_path):
     reports = []
     for update_freq in ("auto", "batch"):
@@ -258,6 +259,7 @@ def test_what_was_written_is_there_after_on_lag_has_raised(tmp_path):
 # --- Recalibrations leave a mark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_first", [False, True])
 @pytest.mark.parametrize(
     ("when", "steps"),
@@ -350,6 +352,7 @@ def test_moving_and_batch_statistics_are_two_runs_of_the_same_tags(tmp_path):
         assert batch[sigma][step] == pytest.approx(root_mean(X.var(0)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_layout_overlays_them_by_a_regular_expression_for_each_layer(watched):
     layouts = read(watched.directory, plugin="custom_scalars")[
         "custom_scalars__config__"
@@ -422,6 +425,7 @@ def test_short_trainings_get_the_last_heat_map_only(tmp_path):
     assert list(pictures) == [21]
 
 
+@pytest.mark.slow
 def test_long_trainings_get_fewer_heat_maps_but_always_the_last(tmp_path, monkeypatch):
     # As if drawing took no time.
     monkeypatch.setattr(bn_callbacks.tensorboard.writer, "PICTURE_SHARE", 1e6)
@@ -518,6 +522,7 @@ def make_deep_model(layers):
     return model
 
 
+@pytest.mark.slow
 def test_only_so_many_layers_have_charts_and_all_are_in_the_summary(tmp_path):
     model = make_deep_model(6)
     monitor = monitor_of(tmp_path, "batch", max_charts=4)

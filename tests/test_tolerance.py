@@ -41,6 +41,7 @@ def trained() -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 def test_a_small_part_of_a_large_stream_is_as_good_as_all_of_it(
     trained: keras.Model,
 ) -> None:
@@ -80,6 +81,7 @@ def test_independent_samples_are_read_until_their_standard_error(seed: int) -> N
     assert error < 1.5 * tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("span", "seed"), [(1, 0), (8, 1)])
 def test_a_group_counts_once_however_many_samples_and_batches_it_has(
     seed: int, span: int
@@ -186,6 +188,7 @@ def test_an_endless_generator_is_read_only_as_far_as_needed(steps: int | None) -
     assert report.residual <= 1e-3
 
 
+@pytest.mark.slow
 def test_the_callback_stops_early_too() -> None:
     model = compiled(dense())
     read: list[int] = []

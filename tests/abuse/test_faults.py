@@ -105,6 +105,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 def test_an_exception_in_each_pass(model: keras.Model) -> None:
     for at, error in zip((0, 1, 4, 6, 10, 12), ERRORS, strict=True):
         with unchanged(model), pytest.raises(type(error)) as caught:
@@ -198,6 +199,7 @@ def test_a_fault_at_any_batch_of_validation_data(model: keras.Model) -> None:
             )
 
 
+@pytest.mark.slow
 def test_a_fault_while_any_of_the_statistics_is_written(
     model: keras.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

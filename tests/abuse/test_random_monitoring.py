@@ -117,6 +117,7 @@ def check_window(windows: Any, window: Any, index: int, batches: list[Any]) -> N
         assert np.all(error <= bound)
 
 
+@pytest.mark.slow
 @examples(3)
 @given(nets(max_samples=12))
 def test_a_few_random_models(net: Net) -> None:

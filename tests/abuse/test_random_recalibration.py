@@ -74,6 +74,7 @@ def check_residual(
     assert abs(max(remains) - reported) <= allowed + 0.05 * reported
 
 
+@pytest.mark.slow
 @examples(4)
 @given(nets(), st.sampled_from([0, 1, "auto"]))
 def test_a_few_random_models(net: Net, refine: Any) -> None:

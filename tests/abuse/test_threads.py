@@ -112,6 +112,7 @@ def test_two_models_are_recalibrated_at_once_many_times() -> None:
     assert second == [expected[1]] * 4
 
 
+@pytest.mark.slow
 def test_one_model_is_audited_in_three_threads_at_once() -> None:
     model = net(1)
     expected, before = audit(model, (X, Y)), state(model)

@@ -95,6 +95,7 @@ def test_help_shows_each_command_in_use(capsys):
     assert [example[0] for example in examples(["--help"], capsys)] == list(COMMANDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_in_the_help_of_a_command_work(command, here, received, capsys):
     for example in examples([command, "--help"], capsys):
