@@ -7,8 +7,6 @@ from pathlib import Path
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-# Of two processes on two cores each has enough with one thread for an operation.
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import keras
 import pytest
@@ -19,6 +17,9 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * 4,
 )
+
+# Of two processes on two cores each has enough with one thread for an operation.
+tf.config.threading.set_intra_op_parallelism_threads(1)
 
 # A script, which only runs as one of several workers.
 collect_ignore = ["workers.py"]

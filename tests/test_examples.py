@@ -156,7 +156,7 @@ def test_multi_worker(tmp_path):
         *after(printed, "as trained: "),
         *after(printed, "saved and loaded again: "),
     ]
-    assert accuracy == pytest.approx(numbers(on_page("multi_worker.py")), abs=5)
+    assert accuracy == pytest.approx(numbers(on_page("multi_worker.py", r"\Z")), abs=5)
     assert accuracy[3] > accuracy[1] + 50
 
 
