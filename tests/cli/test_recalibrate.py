@@ -320,6 +320,11 @@ def test_a_directory_takes_its_place_with_all_that_is_in_it(here):
     assert [path.name for path in here.iterdir() if path.is_dir()] == ["new"]
 
 
+def heed_ctrl_c() -> None:
+    """A process that runs in the background, as tests may, ignores Ctrl-C otherwise."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGINT of this kind")
 def test_a_real_ctrl_c_leaves_nothing(untouched):
@@ -337,6 +342,7 @@ def test_a_real_ctrl_c_leaves_nothing(untouched):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509 (no threads are involved)
     )
     deadline = time.monotonic() + 120
     while not (untouched / "started").exists() and time.monotonic() < deadline:
@@ -360,6 +366,7 @@ def test_a_real_ctrl_c_while_an_export_is_verified_leaves_nothing(untouched):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509 (no threads are involved)
     )
     deadline = time.monotonic() + 120
     while not list(untouched.glob("a/.*/*.pb")) and time.monotonic() < deadline:
