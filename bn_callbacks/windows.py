@@ -220,25 +220,18 @@ class Windows:
         if len(windows) > 1 and windows[-2].new is old and steps < windows[-2].steps:
             # The rest of an epoch may be a step or two, too few to go by.
             old, steps = windows[-2].old, steps + windows[-2].steps
-        batch = self._batch(old, last.new, steps, index, None)
+        batch = self._batch(old, last.new, steps, index)
         count = steps * bn.calls
         is_long = start_weight(bn.momentum, count) < LONG_WINDOW
         is_warm = start_weight(bn.momentum, max(0, updates - count)) <= FORGOTTEN
         return batch, self._part(old, index) if is_long and is_warm else None
 
-    def _batch(
-        self, old: Flat, new: Flat, steps: int, index: int, replicas: int | None = 1
-    ) -> Statistics:
-        """Batch statistics of a window, on the first replicas; None for all."""
+    def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
+        """Batch statistics of a window, of all replicas together."""
         bn = self.layers[index]
         before, after = (self._reader.averages(flat, index) for flat in (old, new))
-        pairs = zip(before[:replicas], after[:replicas], strict=True)
-        return pool_replicas(
-            [
-                bn.statistics(window_statistic(*pair, bn.momentum, steps * bn.calls))
-                for pair in pairs
-            ]
-        )
+        batches = window_statistic(before, after, bn.momentum, steps * bn.calls)
+        return pool_replicas([bn.statistics(each) for each in batches])
 
     def _batches(self, windows: Sequence[_Window], index: int) -> list[Statistics]:
         """Batch statistics of equally long windows, on the first replica."""
