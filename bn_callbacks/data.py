@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_callbacks.arguments import check_whole, shown
+from bn_callbacks.distribution import copies
 
 # Data that cannot tell its length must end within so many batches: an endless
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
@@ -370,8 +371,6 @@ class _Distributed:
     def __iter__(self) -> Iterator[Any]:
         for item in self._dataset:
             leaves = tf.nest.flatten(item)
-            # Only a value that differs between replicas has values.
-            columns = [getattr(leaf, "values", (leaf,)) for leaf in leaves]
-            for parts in zip(*columns, strict=True):
+            for parts in zip(*map(copies, leaves), strict=True):
                 if len(parts[0]):  # A replica may get nothing of the last batch.
                     yield tf.nest.pack_sequence_as(item, parts)

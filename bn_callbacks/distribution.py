@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 _MESSAGE_BYTES = 1000
 
 
+def copies(value: Any) -> tuple[Any, ...]:
+    """What a value is on each replica of this process; one if it is not distributed."""
+    is_distributed = isinstance(value, tf.distribute.DistributedValues)
+    return tuple(value.values) if is_distributed else (value,)
+
+
 class Team:
     """Those who share the work of a pass: replicas here, workers elsewhere.
 
@@ -72,14 +78,7 @@ class Team:
             return tuple(function(replica - self._ids[0]))
 
         columns = self._strategy.run(on_replica)
-        return list(zip(*map(self.parts, columns), strict=True))
-
-    def parts(self, value: Any) -> tuple[Any, ...]:
-        """The parts of a distributed value that lie in this process."""
-        if self._strategy is None:
-            return (value,)
-        parts: tuple[Any, ...] = self._strategy.experimental_local_results(value)
-        return parts
+        return list(zip(*map(copies, columns), strict=True))
 
     def gather(self, row: NDArray[np.float64]) -> NDArray[np.float64]:
         """The rows of all workers, each of the same length.

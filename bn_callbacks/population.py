@@ -12,7 +12,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.data import Batch, Batches, fits, open_specs
-from bn_callbacks.distribution import Team
+from bn_callbacks.distribution import Team, copies
 from bn_callbacks.layers import (
     BatchNormLayer,
     batch_mode,
@@ -150,7 +150,7 @@ class Population:
         self._loss = loss
         ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         self._inputs = {
-            bn: _Input(bn, self.team, start)
+            bn: _Input(bn, self.team.replicas, start)
             for bn, start in zip(layers, ends, strict=False)
         }
         self._order: list[BatchNormLayer] = []
@@ -442,10 +442,9 @@ class Population:
 class _Input:
     """One layer's input: what to normalise it with, and how to look at it."""
 
-    def __init__(self, bn: BatchNormLayer, team: Team, start: int) -> None:
+    def __init__(self, bn: BatchNormLayer, replicas: int, start: int) -> None:
         size = bn.channels
         self.bn = bn
-        self._team = team
         self._slices = slice(start, start + size), slice(start + size, start + 2 * size)
         stored = read([bn])[0].mean
         self._pilot = np.where(np.isfinite(stored), stored, 0.0)
@@ -453,7 +452,7 @@ class _Input:
         # over counts n, means m and variances v, about the pilot mean p.
         self._sums = [
             tf.Variable(tf.zeros(1 + 2 * size, tf.float64), trainable=False)
-            for _ in range(team.replicas)
+            for _ in range(replicas)
         ]
 
     def _given(self, given: Any, dtype: Any) -> tuple[Any, Any]:
@@ -519,7 +518,7 @@ class _Input:
         taken = []
         for sums in self._sums:
             # Inside a strategy's scope even this variable has a part on each replica.
-            count, *rest = sum(part.numpy() for part in self._team.parts(sums))
+            count, *rest = sum(part.numpy() for part in copies(sums))
             sums.assign(tf.zeros_like(sums))
             first, second = np.reshape(rest, (2, -1))
             taken.append(Moments.from_sums(float(count), self._pilot, first, second))

@@ -208,14 +208,6 @@ def _check_distribution(model: keras.Model) -> None:
         )
 
 
-def parts(variable: Any) -> tuple[Any, ...]:
-    """A Keras variable's copies on the replicas of this process."""
-    value = variable.value
-    # Only a distributed variable has values.
-    copies: tuple[Any, ...] = getattr(value, "values", (value,))
-    return copies
-
-
 def is_built(model: keras.Model) -> bool:
     """Whether all BN layers of the model have their statistics."""
     return bool(model.built) and all(map(_has_statistics, _batch_norms(model)))

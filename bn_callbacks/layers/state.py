@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.distribution import Team
+from bn_callbacks.distribution import Team, copies
 from bn_callbacks.layers.facts import raw_iterations, strategy
-from bn_callbacks.layers.find import BatchNormLayer, parts
+from bn_callbacks.layers.find import BatchNormLayer
 from bn_callbacks.statistics.moments import Statistics
 
 
@@ -63,7 +63,7 @@ def snapshot(layers: Sequence[BatchNormLayer]) -> Snapshot:
     state = [
         (part, np.array(part.numpy()))
         for variable in variables
-        for part in parts(variable)
+        for part in copies(variable.value)
     ]
     return Snapshot(list(layers), state, versions(layers))
 
@@ -136,8 +136,8 @@ class Reader:
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = list(layers)
         self.team = Team(strategy(model))
-        copies = zip(*(parts(v) for bn in layers for v in bn.averages), strict=True)
-        self._copies = list(itertools.chain(*copies))
+        averages = [copies(v.value) for bn in layers for v in bn.averages]
+        self._copies = list(itertools.chain(*zip(*averages, strict=True)))
         self._ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         counter = raw_iterations(model)
         self._counter = None if counter is None else counter.value
@@ -149,10 +149,10 @@ class Reader:
         The latter of shape `(replicas, values)`.
         """
         step = None if self._counter is None else int(self._counter.numpy())
-        copies = self._copies
+        parts = self._copies
         if not self._is_uniform:
-            copies = [tf.cast(copy, tf.float64) for copy in copies]
-        flat = tf.concat(copies, axis=0).numpy() if copies else np.zeros(0)
+            parts = [tf.cast(part, tf.float64) for part in parts]
+        flat = tf.concat(parts, axis=0).numpy() if parts else np.zeros(0)
         rows = self.team.gather(flat.astype(np.float64))
         return step, rows.reshape(self.team.size, -1)
 
