@@ -12,7 +12,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.data import Batch, Batches, fits, open_specs
-from bn_callbacks.distribution import Team, copies
+from bn_callbacks.distribution import copies
 from bn_callbacks.layers import (
     BatchNormLayer,
     batch_mode,
@@ -20,7 +20,7 @@ from bn_callbacks.layers import (
     forward,
     read,
     stateless,
-    strategy,
+    team_of,
 )
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 
@@ -144,7 +144,7 @@ class Population:
         loss: bool = False,
     ) -> None:
         self.layers = list(layers)
-        self.team = Team(strategy(model))
+        self.team = team_of(model)
         self._model = model
         self._dropout = dropout
         self._loss = loss

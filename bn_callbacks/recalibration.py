@@ -20,7 +20,6 @@ from bn_callbacks.arguments import (
     shown,
 )
 from bn_callbacks.data import Batches, fits, open_specs
-from bn_callbacks.distribution import Team
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -34,7 +33,7 @@ from bn_callbacks.layers import (
     runs_in_training_mode,
     snapshot,
     steps_made,
-    strategy,
+    team_of,
 )
 from bn_callbacks.population import Population, Until
 from bn_callbacks.probe import Probe
@@ -118,7 +117,7 @@ def recalibrate(
         [0.0, 0.0, 0.0, 0.0]
     """
     check_model(model)
-    with Team(strategy(model)).agreed():
+    with team_of(model).agreed():
         check_options(refine, tolerance, dropout, verbose)
         batches = Batches(
             x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
@@ -212,7 +211,7 @@ def audit(
     stored = read(found)
     if x is None or not found:
         return _report(found, stored, [None] * len(found), model)
-    team = Team(strategy(model))
+    team = team_of(model)
     with team.agreed():
         batches = Batches(
             x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
@@ -271,7 +270,7 @@ class Recalibration:
             refine if refine == "auto" else int(refine)
         )
         self._batches = batches
-        self._team = Team(strategy(model))
+        self._team = team_of(model)
         self._validation: Probe | None = None
         with self._team.agreed():
             self._targets, self._skipped, self._uncalled = _targets(

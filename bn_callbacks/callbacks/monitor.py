@@ -18,7 +18,6 @@ from bn_callbacks.arguments import (
 from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.clues import find_clues
-from bn_callbacks.distribution import Team
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
@@ -28,7 +27,7 @@ from bn_callbacks.layers import (
     find,
     is_built,
     iterations,
-    strategy,
+    team_of,
 )
 from bn_callbacks.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
@@ -184,7 +183,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._epochs_done = 0
         self._read_at: int | None = None
         self._written_at = 0
-        self._is_chief = Team(strategy(self.model)).is_chief
+        self._is_chief = team_of(self.model).is_chief
         self._writer: ReportWriter | None = None
         if self.log_dir and self._is_chief:
             self._writer = self._make_writer(self.log_dir)

@@ -13,6 +13,7 @@ from bn_callbacks.layers.facts import (
     steps_per_execution,
     strategy,
     takes_training,
+    team_of,
     uses_ema,
 )
 from bn_callbacks.layers.find import (
@@ -81,6 +82,7 @@ __all__ = [
     "strategy",
     "takes_any_batch",
     "takes_training",
+    "team_of",
     "to_model_inputs",
     "uses_ema",
     "versions",

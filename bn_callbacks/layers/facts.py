@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bn_callbacks.distribution import Team
 from bn_callbacks.layers.find import BatchNormLayer, nodes_of
 
 
@@ -39,6 +40,11 @@ def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
 def strategy(model: keras.Model) -> tf.distribute.Strategy | None:
     """The strategy in whose scope the model was made; None for none."""
     return getattr(model, "_distribute_strategy", None)
+
+
+def team_of(model: keras.Model) -> Team:
+    """Those who train the model together, and share a pass over data."""
+    return Team(strategy(model))
 
 
 def replicas(model: keras.Model) -> int:

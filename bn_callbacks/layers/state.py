@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.distribution import Team, copies
-from bn_callbacks.layers.facts import raw_iterations, strategy
+from bn_callbacks.distribution import copies
+from bn_callbacks.layers.facts import raw_iterations, team_of
 from bn_callbacks.layers.find import BatchNormLayer
 from bn_callbacks.statistics.moments import Statistics
 
@@ -135,7 +135,7 @@ class Reader:
 
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = list(layers)
-        self.team = Team(strategy(model))
+        self.team = team_of(model)
         averages = [copies(v.value) for bn in layers for v in bn.averages]
         self._copies = list(itertools.chain(*zip(*averages, strict=True)))
         self._ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
