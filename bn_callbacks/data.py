@@ -20,6 +20,9 @@ from bn_callbacks.distribution import copies
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
 MAX_UNSIZED_BATCHES = 10_000
 
+BATCH_SIZE = 32
+"""Samples per batch of arrays, as in `fit`."""
+
 Batch = tuple[Any, Any, Any]
 
 
@@ -58,7 +61,7 @@ class Batches:
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
-            self._source: Iterable[Any] = _Arrays(x, batch_size or 32, inputs)
+            self._source: Iterable[Any] = _Arrays(x, batch_size or BATCH_SIZE, inputs)
             size: int | None = len(self._source)
         else:
             if batch_size is not None:

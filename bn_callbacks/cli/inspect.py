@@ -16,13 +16,12 @@ from bn_callbacks.cli.sources import open_data
 from bn_callbacks.layers import BatchNormLayer, find, read
 from bn_callbacks.recalibration import audit
 from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
-from bn_callbacks.statistics.causes import HEALTHY
+from bn_callbacks.statistics.causes import HEALTHY, NON_FINITE
 from bn_callbacks.statistics.diagnosis import GAP_LIMIT
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.suspicion import (
     FROZEN,
     NEGATIVE_VARIANCE,
-    NON_FINITE,
     Suspicion,
     suspect,
 )

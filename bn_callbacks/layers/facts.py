@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from bn_callbacks.distribution import Team
 from bn_callbacks.layers.find import BatchNormLayer, nodes_of
+from bn_callbacks.layers.inputs import is_shape
 
 
 def pinned_in_graph(layer: keras.layers.Layer, is_pinned: bool = False) -> set[int]:
@@ -104,10 +105,7 @@ def count_inputs(model: keras.Model) -> int | None:
     shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
     if len(shapes) != 1:
         return len(shapes) or None
-    is_one = isinstance(shapes[0], (tuple, list)) and not any(
-        isinstance(size, (tuple, list, dict)) for size in shapes[0]
-    )
-    return 1 if is_one else len(shapes[0])
+    return 1 if is_shape(shapes[0]) else len(shapes[0])
 
 
 def raw_iterations(model: keras.Model) -> Any:

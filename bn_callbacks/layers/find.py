@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bn_callbacks.arguments import shown
 from bn_callbacks.statistics.moments import Statistics
 
-_LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 LayerSelection: TypeAlias = (
@@ -77,7 +77,7 @@ class BatchNormLayer:
     @property
     def precision(self) -> float | None:
         """Machine epsilon of the statistics' dtype, if that is less than float32."""
-        return _LOW_PRECISION.get(self.layer.moving_mean.dtype)
+        return LOW_PRECISION.get(self.layer.moving_mean.dtype)
 
     @property
     def averages(self) -> tuple[Any, Any]:

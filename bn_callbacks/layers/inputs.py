@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-_EPSILON = {"float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+from bn_callbacks.layers.find import LOW_PRECISION
+
+_EPSILON = {"float64": 2.0**-52, **LOW_PRECISION}
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ def _as_built(model: keras.Model) -> InputLayout | None:
         names = sorted(built[0])
         shapes = [built[0][name] for name in names]
     else:
-        shapes = [built[0]] if _is_shape(built[0]) else list(built[0])
+        shapes = [built[0]] if is_shape(built[0]) else list(built[0])
         names = [f"x_{i}" for i in range(len(shapes))] if len(shapes) > 1 else ["x"]
-    if not all(map(_is_shape, shapes)):
+    if not all(map(is_shape, shapes)):
         return None
     # Of a subclassed model Keras keeps the shape of the very batch it was built on.
     return InputLayout(
@@ -63,7 +65,8 @@ def _as_built(model: keras.Model) -> InputLayout | None:
     )
 
 
-def _is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> bool:
+    """Whether it is the shape of one input, rather than a structure of shapes."""
     return isinstance(value, (tuple, list)) and not any(
         isinstance(size, (tuple, list, dict)) for size in value
     )

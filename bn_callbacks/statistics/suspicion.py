@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_callbacks.statistics.causes import LOW_PRECISION, NON_FINITE
 from bn_callbacks.statistics.moments import Statistics
 
 NEVER_UPDATED = "never_updated"
-NON_FINITE = "non_finite"
 NEGATIVE_VARIANCE = "negative_variance"
 ZERO_VARIANCE = "zero_variance"
 HUGE_VARIANCE = "huge_variance"
-LOW_PRECISION = "low_precision"
 FROZEN = "frozen"
 
 ZERO = 1e-3
