@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.data import Batch, Batches, fits, open_specs
+from bn_callbacks.data import Batch, Batches, First, fits, open_specs
 from bn_callbacks.distribution import copies
 from bn_callbacks.layers import (
     BatchNormLayer,
@@ -161,7 +161,7 @@ class Population:
 
     def measure(
         self,
-        batches: Iterable[Batch],
+        batches: Batches | First,
         statistics: Sequence[Statistics] | None = None,
         *,
         until: Callable[[], Until] | None = None,
@@ -210,7 +210,7 @@ class Population:
 
     def _pass(
         self,
-        batches: Iterable[Batch],
+        batches: Batches | First,
         statistics: Sequence[Statistics] | None,
         until: Callable[[], Until] | None,
         target: int | None,
@@ -226,7 +226,6 @@ class Population:
         pooled = [Moments.empty(bn.channels) for bn in self.layers]
         losses = np.zeros(2)
         source = iter(batches)
-        number = getattr(batches, "number", int)  # any iterable will do
         count = samples = 0
 
         def take(pending: list[tuple[list[int], tuple[Any, ...]]]) -> bool:
@@ -257,7 +256,7 @@ class Population:
                 group = list(itertools.islice(source, self.team.replicas))
                 if not group:
                     return True, take(pending)
-                numbers = [number(count + i) for i in range(len(group))]
+                numbers = [batches.number(count + i) for i in range(len(group))]
                 with fits(self._model.name, group[0][0], numbers[0]):
                     pending.append((numbers, step(group, given, count)))
                 count += len(group)

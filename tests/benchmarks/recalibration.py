@@ -60,16 +60,16 @@ MODELS = {
 }
 
 
-def variants(model: keras.Model) -> dict[str, Callable[[list[Any]], None]]:
-    """Each way to pass over a list of batches, by name."""
+def variants(model: keras.Model) -> dict[str, Callable[[Batches], None]]:
+    """Each way to pass over batches, by name."""
     layers = find(model)
     population = Population(model, layers)
     stored = read(layers)
     infer = tf.function(lambda x: model(x, training=False), autograph=False)
     train = tf.function(lambda x: model(x, training=True), autograph=False)
 
-    def each(function: Callable[[Any], Any]) -> Callable[[list[Any]], None]:
-        def run(batches: list[Any]) -> None:
+    def each(function: Callable[[Any], Any]) -> Callable[[Batches], None]:
+        def run(batches: Batches) -> None:
             for batch in batches:
                 function(batch[0])
 
@@ -125,7 +125,9 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[keras.Model, Any]:
 def measure_times(name: str, options: argparse.Namespace) -> list[Time]:
     """Times all variants of one model."""
     model, x = prepare(name, options)
-    batches = list(Batches(x, batch_size=options.batch_size))
+    tensors = list(Batches(x, batch_size=options.batch_size))
+    # Read once, so that they stay what they are: tensors.
+    batches = Batches(iter(tensors))
     runs = variants(model)
     times: dict[str, list[float]] = {variant: [] for variant in runs}
     for repeat in range(options.repeats + 1):
@@ -133,7 +135,7 @@ def measure_times(name: str, options: argparse.Namespace) -> list[Time]:
             start = time.perf_counter()
             run(batches)
             if repeat:
-                times[variant].append((time.perf_counter() - start) / len(batches))
+                times[variant].append((time.perf_counter() - start) / len(tensors))
     base = np.array(times["inference"])
     lines = []
     for variant, seconds in times.items():
