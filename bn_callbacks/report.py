@@ -133,7 +133,7 @@ class BatchNormReport:
     @property
     def worst(self) -> LayerReport | None:
         """The layer with the largest lag; None without layers."""
-        return max(self.layers, key=_lag, default=None)
+        return max(self.layers, key=severity, default=None)
 
     @property
     def max_lag(self) -> float:
@@ -146,7 +146,7 @@ class BatchNormReport:
     def lagging(self) -> tuple[LayerReport, ...]:
         """The layers whose cause is not `healthy`, worst first."""
         sick = [layer for layer in self.layers if layer.cause != HEALTHY]
-        return tuple(sorted(sick, key=_lag, reverse=True))
+        return tuple(sorted(sick, key=severity, reverse=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain Python values, ready for `json.dumps`.
@@ -201,6 +201,16 @@ class BatchNormReport:
         verdict = "not healthy" if sick else "healthy"
         return f"{sick or total} of {total} BatchNormalization layers {verdict}"
 
+    @property
+    def loss_line(self) -> str:
+        """Both losses and their gap, in a line; empty if they are not known."""
+        if self.loss_gap is None:
+            return ""
+        return (
+            f"loss: {self.loss_inference:.4g} in inference mode, "
+            f"{self.loss_batch:.4g} with batch statistics (gap {self.loss_gap:.3g})"
+        )
+
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
@@ -215,13 +225,7 @@ class BatchNormReport:
         return [[cell(layer) for cell in _COLUMNS.values()] for layer in self.layers]
 
     def _notes(self) -> list[str]:
-        notes = []
-        if self.loss_gap is not None:
-            notes.append(
-                f"loss: {self.loss_inference:.4g} in inference mode, "
-                f"{self.loss_batch:.4g} with batch statistics "
-                f"(gap {self.loss_gap:.3g})"
-            )
+        notes = [self.loss_line] if self.loss_line else []
         # The advice for the worst layer of each cause.
         advice = {layer.cause: layer.advice for layer in reversed(self.lagging)}
         notes += [f"{cause}: {text}" for cause, text in advice.items() if text]
@@ -338,7 +342,8 @@ class RecalibrationReport:
         return f"<p>{html.escape(str(self))}</p>{table}"
 
 
-def _lag(layer: LayerReport) -> float:
+def severity(layer: LayerReport) -> float:
+    """By what layers are sorted: the lag, unknown ones last, NaN first of all."""
     if layer.lag is None:
         return -1.0
     return math.inf if math.isnan(layer.lag) else layer.lag

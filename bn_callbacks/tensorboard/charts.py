@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from bn_callbacks.report import BatchNormReport, LayerReport
+from bn_callbacks.report import BatchNormReport, LayerReport, severity
 from bn_callbacks.statistics.causes import HEALTHY
 
 PERSISTENCE = 3
@@ -53,7 +53,7 @@ class ChartedLayers:
 def worst_first(report: BatchNormReport) -> list[LayerReport]:
     """All layers: those that are not healthy, then the others by their lag."""
     healthy = [layer for layer in report.layers if layer.cause == HEALTHY]
-    healthy.sort(key=lambda layer: layer.lag or 0.0, reverse=True)
+    healthy.sort(key=severity, reverse=True)
     return [*report.lagging, *healthy]
 
 

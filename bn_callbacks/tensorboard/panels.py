@@ -5,7 +5,12 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from bn_callbacks.report import BatchNormReport, LayerReport, RecalibrationReport
+from bn_callbacks.report import (
+    BatchNormReport,
+    LayerReport,
+    RecalibrationReport,
+    severity,
+)
 from bn_callbacks.statistics.causes import HEALTHY
 from bn_callbacks.tensorboard.charts import worst_first
 
@@ -48,12 +53,8 @@ def report_panel(
     parts = [f"### {report.headline}", _table(head, rows)]
     if left:
         parts.append(f"{_layers(len(left))} more, {_summary(left)}.")
-    if report.loss_gap is not None:
-        parts.append(
-            f"Loss: {report.loss_inference:.4g} in inference mode, "
-            f"{report.loss_batch:.4g} with batch statistics "
-            f"(gap {report.loss_gap:.3g})."
-        )
+    if report.loss_line:
+        parts.append(f"{report.loss_line.capitalize()}.")
     parts += [escape(note) for note in (*report.clues, *notes)]
     return "\n\n".join(parts)
 
@@ -62,7 +63,7 @@ def recalibration_panel(report: RecalibrationReport) -> str:
     """What a recalibration has done, with the lags before and after."""
     pairs = sorted(
         report.before_and_after(),
-        key=lambda pair: -1.0 if pair[0].lag is None else pair[0].lag,
+        key=lambda pair: severity(pair[0]),
         reverse=True,
     )
     rows = [
