@@ -8,15 +8,16 @@ from pathlib import Path
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
+# What tests share, for `import models`.
+sys.path.insert(0, str(Path(__file__).parent))
+
 import keras
 import pytest
 import tensorflow as tf
+from cluster import add_devices
 
-# Four devices, so that strategies have replicas; what runs without one uses the first.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 4,
-)
+# What runs without a strategy uses the first of them.
+add_devices()
 
 # Of two processes on two cores each has enough with one thread for an operation.
 tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -32,7 +33,3 @@ gc.freeze()
 def _fresh_keras() -> None:
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
-
-
-# What tests share, for `import models`.
-sys.path.insert(0, str(Path(__file__).parent))

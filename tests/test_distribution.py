@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from cluster import mirrored
 from models import (
     KERAS,
     batch_norms,
@@ -22,15 +23,6 @@ from models import (
 )
 
 import bn_callbacks as bn
-
-
-def mirrored(replicas: int) -> tf.distribute.Strategy:
-    # Without collectives, which TensorFlow mixes up between strategies of a process.
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(replicas)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
-
 
 STRATEGIES: dict[str, Callable[[], tf.distribute.Strategy]] = {
     "mirrored 2": lambda: mirrored(2),

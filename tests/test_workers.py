@@ -1,15 +1,13 @@
 """tf.distribute on several machines: real processes on loopback, with time-outs."""
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import workers as workers_of
 
 pytestmark = pytest.mark.slow
 
@@ -19,25 +17,8 @@ TIMEOUT = 240
 
 def run(workers: int, scenarios: str, directory: Path) -> list[dict[str, Any] | None]:
     """What each worker has printed; None for one that ended without."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(workers)]
-    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    for each in sockets:
-        each.close()
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for index in range(workers):
-            task = {"type": "worker", "index": index}
-            config = {"cluster": {"worker": addresses}, "task": task}
-            process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), scenarios, str(directory)],
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            processes.append(process)
+    command = [sys.executable, str(SCRIPT), scenarios, str(directory)]
+    with workers_of(workers, command, stderr=subprocess.STDOUT) as processes:
         return [result(process) for process in processes]
 
 

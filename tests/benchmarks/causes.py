@@ -14,15 +14,13 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "causes"))
 
-import tensorflow as tf
+from cluster import add_devices
 
-# Before anything uses TensorFlow: devices for the cases with several replicas.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 4,
-)
+# Before anything uses TensorFlow: for the cases with several replicas.
+add_devices()
 
 import kit  # noqa: E402
 import truth  # noqa: E402

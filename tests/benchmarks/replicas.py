@@ -8,19 +8,19 @@ putting the results together cost; what a second GPU gains does not.
 """
 
 import argparse
-import json
 import os
-import socket
-import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
 import numpy as np
 import tensorflow as tf
+from cluster import add_devices, mirrored, workers
 
 from bn_callbacks.data import Batches
 from bn_callbacks.recalibration import Recalibration
@@ -51,19 +51,12 @@ def milliseconds(model: keras.Model, repeats: int) -> float:
 
 def on_replicas(repeats: int) -> None:
     """Prints the cost for each number of replicas."""
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * max(REPLICAS),
-    )
+    add_devices()
     for blocks in (3, 30):
         print(f"{blocks} layers, {SAMPLES // BATCH} batches of {BATCH}")
         print(f"  no strategy  {milliseconds(build(blocks), repeats):8.1f} ms a pass")
         for count in REPLICAS:
-            strategy = tf.distribute.MirroredStrategy(
-                [f"CPU:{i}" for i in range(count)],
-                cross_device_ops=tf.distribute.ReductionToOneDevice(),
-            )
-            with strategy.scope():
+            with mirrored(count).scope():
                 model = build(blocks)
             took = milliseconds(model, repeats)
             print(f"  {count} replica{'s' * (count > 1)}   {took:8.1f} ms a pass")
@@ -71,29 +64,9 @@ def on_replicas(repeats: int) -> None:
 
 def on_workers(repeats: int) -> None:
     """Prints the cost for two workers, each a process, that share the same data."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    for each in sockets:
-        each.close()
     command = [sys.executable, __file__, "--repeats", str(repeats), "--worker"]
-    workers = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "TF_CONFIG": json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": index},
-                    }
-                ),
-            },
-        )
-        for index in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    with workers(2, command) as processes:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     print(outputs[0], end="")
 
 

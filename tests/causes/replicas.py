@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from cluster import mirrored
 from kit import (
     Cases,
     Run,
@@ -21,14 +22,6 @@ from kit import (
 
 layers = keras.layers
 cases = Cases()
-
-
-def mirrored(replicas: int) -> tf.distribute.Strategy:
-    # Without collectives, which TensorFlow mixes up between strategies of a process.
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{index}" for index in range(replicas)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
 
 
 def in_order(x: Any, y: Any, batch_size: int) -> tf.data.Dataset:
