@@ -121,6 +121,14 @@ def test_no_text_overlaps_another(draw, count):
     assert len(visible_texts(figure)) >= min(count, 20) + 3
 
 
+@pytest.mark.parametrize("draw", [lambda report: report.plot().figure, heat_map_of])
+def test_names_are_no_formulas(draw):
+    name = r"$\alpha_{$/bn"
+    figure = draw(BatchNormReport((LayerReport(name, "drifting", 0.9),)))
+    to_png(figure)
+    assert name in [text.get_text() for text in visible_texts(figure)]
+
+
 def test_an_overlap_is_found():
     figure, axes = pyplot.subplots(figsize=(2, 2))
     axes.set_yticks(np.linspace(0, 1, 80), [f"layer {i}" for i in range(80)])

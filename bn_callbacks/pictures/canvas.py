@@ -87,7 +87,9 @@ def label_rows(
         height = axes.get_window_extent().height / axes.figure.dpi
     gap = math.ceil(1.3 * FONT_SIZE * max(len(names), 1) / (height * 72))
     rows = chosen_rows(len(names), max(gap, 1), first)
-    axes.set_yticks(rows, [names[row] for row in rows], fontsize=FONT_SIZE)
+    labels = [names[row] for row in rows]
+    # A dollar sign in a name begins no formula.
+    axes.set_yticks(rows, labels, fontsize=FONT_SIZE, parse_math=False)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     return rows
