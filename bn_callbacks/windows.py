@@ -1,5 +1,6 @@
 """Readings of the moving averages in training, and what they give away."""
 
+import functools
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +36,32 @@ Flat = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Two readings with `steps` training steps between them."""
+    """Two readings with `steps` training steps between them.
 
+    `kinds` has each layer's momentum and its calls in a step.
+    """
+
+    reader: Reader
     old: Flat
     new: Flat
     steps: int
     is_valid: NDArray[np.bool_]
+    kinds: list[tuple[float, int]]
     epoch: int = 0
+
+    @functools.cached_property
+    def batches(self) -> Flat:
+        """Statistics of the window's batches, `nan` for layers with momentum 1."""
+        # Layers are many, and their kinds are few.
+        found = np.full_like(self.new, np.nan)
+        for kind in set(self.kinds):
+            momentum, calls = kind
+            if momentum < 1:
+                alike = self.reader.spread([each == kind for each in self.kinds])
+                found[:, alike] = window_statistic(
+                    self.old[:, alike], self.new[:, alike], momentum, self.steps * calls
+                )
+        return found
 
 
 class Windows:
@@ -104,11 +124,11 @@ class Windows:
         bn = self.layers[index]
         if bn.momentum == 1:
             return None
-        series = [self._batches(epoch, index) for epoch in (before, after)]
-        means = np.array([[w.mean for w in epoch] for epoch in series])
-        unit = np.mean([w.variance for w in series[1]], axis=0) + bn.epsilon
-        spread = float(np.mean(means.var(axis=1) / unit))
-        change = float(np.mean(np.square(means[1] - means[0]) / unit))
+        old, new = (self._batches(epoch, index) for epoch in (before, after))
+        unit = new.variance.mean(axis=0) + bn.epsilon
+        varying = (old.mean.var(axis=0) + new.mean.var(axis=0)) / 2
+        spread = float(np.mean(varying / unit))
+        change = float(np.mean(np.square(new.mean - old.mean) / unit))
         return spread if change < spread / 2 else 0.0
 
     def updating(self) -> list[BatchNormLayer]:
@@ -142,7 +162,12 @@ class Windows:
         else:
             self._updates += steps * self._calls
             self._has_moved |= ~self._is_same(self._now, now)
-            self._keep(_Window(self._now, now, steps, is_valid, self._epoch))
+            kinds = [(bn.momentum, bn.calls) for bn in self.layers]
+            self._keep(
+                _Window(
+                    self._reader, self._now, now, steps, is_valid, kinds, self._epoch
+                )
+            )
         self._now = now
         self._restart(~is_valid)
 
@@ -185,7 +210,7 @@ class Windows:
             updates=updates,
             total_updates=None if total_steps is None else total_steps * bn.calls,
             start=self._part(self._start, index) if updates else None,
-            windows=self._batches(equal, index) if bn.momentum < 1 else [],
+            windows=self._batches(equal, index) if equal and bn.momentum < 1 else None,
             window_updates=equal[0].steps * bn.calls if equal else None,
             window_share=window_noise(bn.momentum, equal[0].steps * bn.calls)
             if equal
@@ -233,20 +258,10 @@ class Windows:
         batches = window_statistic(before, after, bn.momentum, steps * bn.calls)
         return pool_replicas([bn.statistics(each) for each in batches])
 
-    def _batches(self, windows: Sequence[_Window], index: int) -> list[Statistics]:
-        """Batch statistics of equally long windows, on the first replica."""
-        if not windows:
-            return []
-        bn = self.layers[index]
-        old, new = (
-            np.stack([self._reader.averages(flat, index)[0] for flat in side])
-            for side in ([w.old for w in windows], [w.new for w in windows])
-        )
-        updates = windows[0].steps * bn.calls
-        return [
-            bn.statistics(averages)
-            for averages in window_statistic(old, new, bn.momentum, updates)
-        ]
+    def _batches(self, windows: Sequence[_Window], index: int) -> Statistics:
+        """Batch statistics of windows on the first replica, a row for each."""
+        averages = [self._reader.averages(each.batches, index)[0] for each in windows]
+        return self.layers[index].statistics(np.stack(averages, axis=1))
 
     def _part(self, flat: Flat, index: int) -> Statistics:
         return self._replicas(flat, index)[0]

@@ -222,6 +222,16 @@ def test_what_a_layer_says_of_itself() -> None:
     assert not bn.trainable
 
 
+def test_the_values_a_layer_starts_with_are_its_initializers() -> None:
+    layer = BN(
+        moving_mean_initializer=keras.initializers.Constant([1.0, 2.0]),
+        moving_variance_initializer="zeros",
+    )
+    (bn,) = find(keras.Sequential([keras.Input((2,)), layer]))
+    assert bn.initial.mean.tolist() == [1, 2] == layer.moving_mean.numpy().tolist()
+    assert bn.initial.variance.tolist() == [0, 0]
+
+
 def test_statistics_are_read_in_float64() -> None:
     model = scatter(dense(2))
     for statistics, (mean, variance) in zip(

@@ -277,7 +277,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
             return
         # If restored or corrected, the report is about something that is gone.
         is_valid = self._windows.is_untouched()
-        if is_valid and self._fingerprint() != self._weights:
+        if is_valid and self._weights not in (None, self._fingerprint()):
             # By the optimizer's averages, for one.
             self.report = self._make_report(self._losses(), are_weights_replaced=True)
         if self._writer is not None:
@@ -319,7 +319,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._clues: tuple[str, ...] | None = None
         self._examples = ExampleCounter(self.model)
         self._fingerprint = Fingerprint(self.model)
-        self._weights = self._fingerprint()
+        self._weights: bytes | None = None
 
     def _end_epoch(self) -> None:
         """Closes the last window of an epoch, before anybody writes statistics."""

@@ -95,11 +95,9 @@ class BatchNormLayer:
     @functools.cached_property
     def initial(self) -> Statistics:
         """The statistics the layer was built with."""
-        layer, shape = self.layer, (self.channels,)
-        return Statistics(
-            layer.moving_mean_initializer(shape).numpy().astype(np.float64),
-            layer.moving_variance_initializer(shape).numpy().astype(np.float64),
-        )
+        layer = self.layer
+        initializers = layer.moving_mean_initializer, layer.moving_variance_initializer
+        return Statistics(*(_initial(each, self.channels) for each in initializers))
 
     @property
     def variables(self) -> list[Any]:
@@ -334,6 +332,15 @@ def _matches(bn: BatchNormLayer, selector: Any) -> bool:
     if callable(selector) and not isinstance(selector, type):
         return bool(selector(bn.layer))
     raise _no_selector(selector)
+
+
+def _initial(initializer: Any, channels: int) -> NDArray[np.float64]:
+    # Hundreds of layers have these two, and TensorFlow takes 0.1 ms for each.
+    for usual, value in ((keras.initializers.Zeros, 0), (keras.initializers.Ones, 1)):
+        if type(initializer) is usual:
+            return np.full(channels, value, np.float64)
+    drawn: NDArray[Any] = initializer((channels,)).numpy()
+    return drawn.astype(np.float64)
 
 
 def _calls(layer: keras.layers.Layer) -> Counter[int]:

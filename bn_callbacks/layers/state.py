@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import keras
 import numpy as np
 import tensorflow as tf
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bn_callbacks.distribution import copies
 from bn_callbacks.layers.facts import raw_iterations, team_of
@@ -165,6 +165,6 @@ class Reader:
         """For each layer, whether all of its entries are true."""
         return np.logical_and.reduceat(flat.all(axis=0), self._ends[:-1])
 
-    def spread(self, per_layer: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def spread(self, per_layer: ArrayLike) -> NDArray[np.bool_]:
         """Repeats one value a layer over that layer's entries."""
         return np.repeat(per_layer, np.diff(self._ends))

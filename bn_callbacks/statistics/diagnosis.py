@@ -232,13 +232,12 @@ def _pinned_on_purpose(seen: Evidence, figures: Figures) -> bool:
 
 def _tiny_batch(seen: Evidence, figures: Figures) -> bool:
     stream = figures.stream
-    if stream is None:
+    if stream is None or seen.windows is None:
         return False
     if seen.batch_size is not None and seen.batch_size <= TINY:
         return math.sqrt(stream.mean_noise) > seen.threshold
     # A dense layer sees one value a channel: no batch has any variance.
-    variances = [window.variance for window in seen.windows]
-    return bool(np.max(variances) <= seen.epsilon * 1e-3)
+    return bool(np.max(seen.windows.variance) <= seen.epsilon * 1e-3)
 
 
 def _no_gap(seen: Evidence, figures: Figures) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bn_callbacks.statistics.lag import lag, mean_shift, scale_ratio
+from bn_callbacks.statistics.lag import distance, lag
 from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import average_noise, debias
 from bn_callbacks.statistics.stream import Stream, observe
@@ -37,7 +37,8 @@ class Evidence:
         updates: Number of updates watched.
         total_updates: Number of updates that training will have made at its end.
         start: The statistics before the first of the `updates`.
-        windows: Batch statistics of successive windows, equally long, oldest first.
+        windows: Batch statistics of successive windows, equally long, oldest first:
+            of shape `(windows, channels)`.
         window_updates: Length of a window in updates.
         window_share: Variance of a window's statistics over that of one batch's.
         replicas: The statistics that each of several replicas stores.
@@ -66,7 +67,7 @@ class Evidence:
     updates: int | None = None
     total_updates: int | None = None
     start: Statistics | None = None
-    windows: Sequence[Statistics] = ()
+    windows: Statistics | None = None
     window_updates: int | None = None
     window_share: float | None = None
     replicas: Sequence[Statistics] = ()
@@ -125,7 +126,7 @@ def measure(seen: Evidence) -> Figures:
     """The figures behind a verdict."""
     weight = None if seen.updates is None else seen.momentum**seen.updates
     stream = None
-    if seen.window_updates and seen.window_share:
+    if seen.windows and seen.window_updates and seen.window_share:
         stream = observe(
             seen.windows, seen.epsilon, seen.window_share, seen.window_updates
         )
@@ -164,9 +165,7 @@ def measure(seen: Evidence) -> Figures:
     is_noise = rest <= NOISE_FACTOR * floor
     return replace(
         figures,
-        lag=lag(*seen.pair, seen.epsilon),
-        mean_shift=mean_shift(*seen.pair, seen.epsilon),
-        scale_ratio=scale_ratio(*seen.pair, seen.epsilon),
+        **distance(*seen.pair, seen.epsilon)._asdict(),
         start_part=start_part,
         drift_part=0.0 if is_noise else math.sqrt(max(0.0, rest**2 - floor**2)),
     )

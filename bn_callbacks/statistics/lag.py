@@ -13,6 +13,7 @@ is a shift plus a change of scale. As `z` has mean 0 and variance 1 (less than 1
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +42,7 @@ def lag(batch: Statistics, moving: Statistics, epsilon: float) -> float:
         >>> round(lag(batch, fresh, epsilon=0.0) ** 2, 6)  # 3² + (2 − 1)²
         10.0
     """
-    shift, ratio = _shift_and_ratio(batch, moving, epsilon)
-    with np.errstate(over="ignore"):
-        return math.sqrt(_mean(shift**2 + (ratio - 1.0) ** 2))
+    return _lag(*_shift_and_ratio(batch, moving, epsilon))
 
 
 def channel_lags(
@@ -91,9 +90,7 @@ def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
         >>> mean_shift(batch, moving, epsilon=0.0)
         1.5
     """
-    shift, _ = _shift_and_ratio(batch, moving, epsilon)
-    with np.errstate(over="ignore"):
-        return math.sqrt(_mean(shift**2))
+    return _mean_shift(_shift_and_ratio(batch, moving, epsilon)[0])
 
 
 def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
@@ -116,7 +113,34 @@ def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
         >>> round(scale_ratio(batch, fresh, epsilon=0.0), 6)
         3.0
     """
-    _, ratio = _shift_and_ratio(batch, moving, epsilon)
+    return _scale_ratio(_shift_and_ratio(batch, moving, epsilon)[1])
+
+
+class Distance(NamedTuple):
+    """What `lag`, `mean_shift` and `scale_ratio` say of the same pair."""
+
+    lag: float
+    mean_shift: float
+    scale_ratio: float
+
+
+def distance(batch: Statistics, moving: Statistics, epsilon: float) -> Distance:
+    """All three figures at once, for the time of one."""
+    shift, ratio = _shift_and_ratio(batch, moving, epsilon)
+    return Distance(_lag(shift, ratio), _mean_shift(shift), _scale_ratio(ratio))
+
+
+def _lag(shift: NDArray[np.float64], ratio: NDArray[np.float64]) -> float:
+    with np.errstate(over="ignore"):
+        return math.sqrt(_mean(shift**2 + (ratio - 1.0) ** 2))
+
+
+def _mean_shift(shift: NDArray[np.float64]) -> float:
+    with np.errstate(over="ignore"):
+        return math.sqrt(_mean(shift**2))
+
+
+def _scale_ratio(ratio: NDArray[np.float64]) -> float:
     with np.errstate(divide="ignore"):
         return float(np.exp(_mean(np.log(ratio))))
 

@@ -72,7 +72,7 @@ class Stream:
 
 
 def observe(
-    windows: Sequence[Statistics], epsilon: float, share: float, updates: int
+    windows: Statistics, epsilon: float, share: float, updates: int
 ) -> Stream | None:
     """Tells noise from drift by the structure function of the windows.
 
@@ -86,7 +86,8 @@ def observe(
     Everything is measured in units of the batch variance and averaged over channels.
 
     Args:
-        windows: Batch statistics of successive windows, equally long, oldest first.
+        windows: Batch statistics of successive windows, equally long, oldest first:
+            of shape `(windows, channels)`.
         epsilon: The layer's epsilon.
         share: `q`, the share of a batch's variance that a window has.
         updates: `N`, the updates of a window.
@@ -94,32 +95,30 @@ def observe(
     Returns:
         The stream; None with fewer than 4 windows, or if they are not finite.
     """
-    if len(windows) < MIN_WINDOWS:
+    means, variances = windows.mean, np.maximum(windows.variance, 0)
+    if len(means) < MIN_WINDOWS:
         return None
-    variances = np.maximum([window.variance for window in windows], 0)
-    means = np.array([window.mean for window in windows])
     if not (np.isfinite(means).all() and np.isfinite(variances).all()):
         return None
     sigma = np.sqrt(variances + epsilon)
     unit = np.sqrt(np.mean(np.square(sigma), axis=0))
-    of_mean = _structure(means / unit)
-    of_scale = _structure(sigma / unit)
-    both = [one + other for one, other in zip(of_mean, of_scale, strict=True)]
-    power, growth = _growth(both)
-    spread = _structure(variances / np.square(unit))
+    points = np.stack([means / unit, sigma / unit, variances / np.square(unit)])
+    of_mean, of_scale, of_variance = _structure(points)
+    power, growth = _growth(of_mean + of_scale)
     return Stream(
         mean_noise=_noise(of_mean, power) / share,
         scale_noise=_noise(of_scale, power) / share,
         drift=growth / updates**power,
         power=power,
-        variation=math.sqrt(_noise(spread, power) / share),
+        variation=math.sqrt(_noise(of_variance, power) / share),
     )
 
 
-def _structure(points: np.ndarray) -> list[float]:
-    """`D(1)`, `D(2)` and, with enough windows, `D(4)`."""
-    steps = (1, 2, 4) if len(points) >= 8 else (1, 2)
-    return [float(np.mean(np.square(points[k:] - points[:-k]))) for k in steps]
+def _structure(points: np.ndarray) -> np.ndarray:
+    """`D(1)`, `D(2)` and, with enough windows, `D(4)`; a row for each quantity."""
+    steps = (1, 2, 4) if points.shape[1] >= 8 else (1, 2)
+    squares = [np.square(points[:, k:] - points[:, :-k]) for k in steps]
+    return np.stack([each.mean(axis=(1, 2)) for each in squares], axis=1)
 
 
 def _growth(structure: Sequence[float]) -> tuple[float, float]:
@@ -137,4 +136,4 @@ def _growth(structure: Sequence[float]) -> tuple[float, float]:
 def _noise(structure: Sequence[float], power: float) -> float:
     """`v`, with the exponent of the drift known."""
     rise = max(0.0, structure[1] - structure[0])
-    return max(0.0, structure[0] - rise / (2**power - 1)) / 2
+    return float(max(0.0, structure[0] - rise / (2**power - 1))) / 2

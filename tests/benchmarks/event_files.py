@@ -51,10 +51,9 @@ def make_report(layers: int, seed: int = 0) -> tuple[BatchNormReport, list[Evide
     for index in range(layers):
         mean = rng.normal(0, 1, CHANNELS)
         shift = 0.05 if index % 5 else 0.8
-        windows = [
-            Statistics(mean + rng.normal(0, 0.02, CHANNELS), np.ones(CHANNELS))
-            for _ in range(6)
-        ]
+        windows = Statistics(
+            mean + rng.normal(0, 0.02, (6, CHANNELS)), np.ones((6, CHANNELS))
+        )
         evidence.append(
             Evidence(
                 path=f"resnet/stage_{index // 20}/block_{index % 20}/bn",
@@ -63,7 +62,7 @@ def make_report(layers: int, seed: int = 0) -> tuple[BatchNormReport, list[Evide
                 moving=Statistics(
                     mean + rng.normal(0, shift, CHANNELS), np.ones(CHANNELS)
                 ),
-                batch=windows[-1],
+                batch=Statistics(windows.mean[-1], windows.variance[-1]),
                 updates=100_000,
                 start=Statistics(np.zeros(CHANNELS), np.ones(CHANNELS)),
                 windows=windows,

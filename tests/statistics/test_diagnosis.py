@@ -31,14 +31,10 @@ def constant(mean, variance=1.0):
 
 def random_windows(mean_noise, outlier=0.0, count=16, seed=0):
     """Windows of normal means; every third holds an outlier."""
-    rng = np.random.default_rng(seed)
-    return [
-        Statistics(
-            rng.normal(scale=mean_noise, size=CHANNELS),
-            np.full(CHANNELS, 1 + outlier * (index % 3 == 0)),
-        )
-        for index in range(count)
-    ]
+    means = np.random.default_rng(seed).normal(scale=mean_noise, size=(count, CHANNELS))
+    variances = np.ones((count, CHANNELS))
+    variances[::3] += outlier
+    return Statistics(means, variances)
 
 
 HEALTHY = Evidence(
@@ -66,7 +62,7 @@ def young(lag, updates=50):
         moving=constant(1 - lag),
         batch=constant(1),
         updates=updates,
-        windows=(),
+        windows=None,
     )
 
 
@@ -148,12 +144,14 @@ def test_a_layer_that_never_moved_used_batches_if_the_gap_says_so():
 
 
 def test_a_model_that_was_never_trained_has_everything_to_learn():
-    new = replace(HEALTHY, moving=constant(0), batch=constant(3), updates=0, windows=())
+    new = replace(
+        HEALTHY, moving=constant(0), batch=constant(3), updates=0, windows=None
+    )
     assert diagnose(new).cause == causes.WARMING_UP
 
 
 def test_batches_of_one_value_are_tiny_whatever_their_size_is_called():
-    windows = [Statistics(np.zeros(CHANNELS), np.zeros(CHANNELS))] * 8
+    windows = Statistics(np.zeros((8, CHANNELS)), np.zeros((8, CHANNELS)))
     seen = replace(HEALTHY, windows=windows, batch_size=None)
     assert diagnose(seen).cause == causes.TINY_BATCH
     assert "so few examples" in diagnose(seen).advice
@@ -258,13 +256,16 @@ def test_suggestions_move_the_momentum_the_right_way():
     assert warming.suggested_momentum == pytest.approx(1 - 10 / UPDATES)
     drifting = replace(
         PROBLEMS[causes.DRIFTING],
-        windows=[constant(0.1 * i) for i in range(16)],
+        windows=Statistics(
+            0.1 * np.arange(16)[:, None].repeat(CHANNELS, axis=1),
+            np.ones((16, CHANNELS)),
+        ),
         total_updates=None,
     )
     suggested = diagnose(drifting)
     assert suggested.suggested_momentum < 0.99
     assert "set momentum=" in suggested.advice
-    assert diagnose(replace(drifting, windows=())).suggested_momentum is None
+    assert diagnose(replace(drifting, windows=None)).suggested_momentum is None
     best = replace(
         PROBLEMS[causes.NOISY], momentum=0.9995, threshold=1e-3, start=constant(0)
     )

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bn_callbacks.statistics.lag import channel_lags, lag, mean_shift, scale_ratio
+from bn_callbacks.statistics.lag import (
+    channel_lags,
+    distance,
+    lag,
+    mean_shift,
+    scale_ratio,
+)
 from bn_callbacks.statistics.moments import Moments, Statistics
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -57,6 +63,11 @@ def test_every_figure_is_its_formula(batch, moving, epsilon):
     )
     assert scale_ratio(batch, moving, epsilon) == pytest.approx(
         np.prod(ratio) ** (1 / 4)
+    )
+    assert distance(batch, moving, epsilon) == (
+        lag(batch, moving, epsilon),
+        mean_shift(batch, moving, epsilon),
+        scale_ratio(batch, moving, epsilon),
     )
 
 

@@ -35,16 +35,19 @@ def average(batches, momentum, start=(0.0, 1.0)):
 
 def windows_of(series, momentum, length):
     """What a monitor recovers that reads every `length` updates."""
-    means, variances = series
-    return [
-        Statistics(
-            *(
-                window_statistic(path[i], path[i + length], momentum, length)
-                for path in (means, variances)
+    ends = range(0, len(series[0]) - length, length)
+    return Statistics(
+        *(
+            np.array(
+                [window_statistic(x[i], x[i + length], momentum, length) for i in ends]
             )
+            for x in series
         )
-        for i in range(0, len(means) - length, length)
-    ]
+    )
+
+
+def last(windows, count):
+    return Statistics(windows.mean[-count:], windows.variance[-count:])
 
 
 def evidence(batches, momentum, length, start=(0.0, 1.0), **more):
@@ -55,10 +58,10 @@ def evidence(batches, momentum, length, start=(0.0, 1.0), **more):
         momentum=momentum,
         epsilon=1e-3,
         moving=Statistics(series[0][-1], series[1][-1]),
-        batch=windows[-1],
+        batch=Statistics(windows.mean[-1], windows.variance[-1]),
         updates=len(series[0]) - 1,
         start=Statistics(series[0][0], series[1][0]),
-        windows=windows[-16:],
+        windows=last(windows, 16),
         window_updates=length,
         window_share=window_noise(momentum, length),
         **more,
@@ -143,9 +146,8 @@ def test_steady_drift_is_measured_and_its_lag_predicted(speed):
     means, variances = normal_batches(rng, 1000, 64)
     means += speed * np.arange(1000)[:, None]
     series = average((means, variances), 0.99)
-    stream = observe(
-        windows_of(series, 0.99, 20)[-16:], 0.0, window_noise(0.99, 20), 20
-    )
+    windows = last(windows_of(series, 0.99, 20), 16)
+    stream = observe(windows, 0.0, window_noise(0.99, 20), 20)
     truth = speed * 999 - series[0][-1].mean()
     assert truth == pytest.approx(speed * 99, rel=0.1)
     assert stream.power == pytest.approx(2, abs=0.3)
@@ -195,8 +197,8 @@ def test_best_momentum_keeps_to_the_bound_that_forgets_the_start():
 
 
 def test_too_few_windows_or_infinite_ones_say_nothing():
-    window = Statistics(np.zeros(2), np.ones(2))
-    broken = Statistics(np.full(2, np.nan), np.ones(2))
-    assert observe([window] * 3, 1e-3, 0.1, 10) is None
-    assert observe([window] * 4 + [broken], 1e-3, 0.1, 10) is None
-    assert observe([window] * 4, 1e-3, 0.1, 10) == Stream(0, 0, 0, 1, 0)
+    windows = Statistics(np.zeros((5, 2)), np.ones((5, 2)))
+    assert observe(last(windows, 3), 1e-3, 0.1, 10) is None
+    assert observe(last(windows, 4), 1e-3, 0.1, 10) == Stream(0, 0, 0, 1, 0)
+    windows.mean[-1] = np.nan
+    assert observe(windows, 1e-3, 0.1, 10) is None
