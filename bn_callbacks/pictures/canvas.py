@@ -63,36 +63,39 @@ def new_axes(rows: int) -> "Axes":
     return axes
 
 
-def label_rows(
-    axes: "Axes",
-    paths: Sequence[str],
-    first: Iterable[int] = (),
-    height: float | None = None,
-) -> list[int]:
+def label_rows(axes: "Axes", paths: Sequence[str], first: Iterable[int] = ()) -> None:
     """Names the rows `0, 1, …` of a picture, or as many as have room.
 
     Args:
         axes: The axes, with all else that they are to have.
         paths: The layers' paths.
         first: Rows in order of importance; the others follow as room is left.
-        height: Height of the axes in inches; what their figure gives them by default.
-
-    Returns:
-        The rows that have a name.
     """
     names = shorten(paths)
-    if height is None:
-        # Only then do axes have the height that title and legend leave.
-        axes.figure.figure.draw_without_rendering()
-        height = axes.get_window_extent().height / axes.figure.dpi
-    gap = math.ceil(1.3 * FONT_SIZE * max(len(names), 1) / (height * 72))
-    rows = chosen_rows(len(names), max(gap, 1), first)
+    # Only then do axes have the height that title and legend leave.
+    axes.figure.figure.draw_without_rendering()
+    height = axes.get_window_extent().height / axes.figure.dpi
+    rows = rows_with_room(len(names), height, first)
     labels = [names[row] for row in rows]
     # A dollar sign in a name begins no formula.
     axes.set_yticks(rows, labels, fontsize=FONT_SIZE, parse_math=False)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    return rows
+
+
+def rows_with_room(count: int, height: float, first: Iterable[int] = ()) -> list[int]:
+    """Rows that can be labelled in axes of a height.
+
+    Args:
+        count: How many rows there are.
+        height: Height of the axes in inches.
+        first: Rows in order of importance.
+
+    Returns:
+        Rows in ascending order.
+    """
+    gap = math.ceil(1.3 * FONT_SIZE * max(count, 1) / (height * 72))
+    return chosen_rows(count, max(gap, 1), first)
 
 
 def chosen_rows(count: int, gap: int, first: Iterable[int] = ()) -> list[int]:
