@@ -45,7 +45,7 @@ MIN_INTERVAL = 10
 WINDOWS_PER_FIT = 10
 WINDOWS_PER_EPOCH = 5
 
-WRITING_SHARE = 0.01
+WRITING_SHARE = 0.003
 """Share of the time that writing between the epochs' ends takes with `"auto"`."""
 
 WRITING_COST = 2e-3
@@ -71,8 +71,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
             of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
             `pip install "bn-callbacks[plot]"`.
         update_freq: How often to write charts besides each epoch's end: `"auto"`, as
-            often as takes one percent of the time; `"batch"`, or a number of
-            batches, whatever it costs. The averages are read at least as often
+            often as takes a few thousandths of the time; `"batch"`, or a number
+            of batches, whatever it costs. The averages are read at least as often
             as their momentum makes sensible.
         threshold: Lag, in standard deviations, above which something is said.
         on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.

@@ -38,7 +38,7 @@ OVERVIEW = "BN summary"
 GROWTH = 0.1
 """Share by which training must have grown since the last picture for another one."""
 
-PICTURE_SHARE = 0.01
+PICTURE_SHARE = 0.002
 """Share of the time that drawing takes at most, but for the last picture."""
 
 PICTURE_COST = 0.3
@@ -72,7 +72,7 @@ class ReportWriter:
 
     Charts and a table come with each report; histograms, texts and the heat map at the
     ends of epochs; the heat map only where there is something to see that the last one
-    did not show and a hundredth of the time has paid for it, and at the end. It needs
+    did not show and drawing takes next to none of the time, and at the end. It needs
     matplotlib; without it there is none.
 
     Args:

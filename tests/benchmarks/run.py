@@ -23,7 +23,7 @@ OPTIONS = {
     "causes": ["--with-probe"],
 }
 QUICK = {
-    "overhead": ["--models", "mlp", "--repeats", "1"],
+    "overhead": ["--models", "mlp", "--repeats", "1", "--steps", "20"],
     "recalibration": [
         *("--models", "mlp", "--repeats", "1", "--batches", "1"),
         *("--memory-repeats", "1"),
