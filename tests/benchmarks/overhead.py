@@ -68,9 +68,9 @@ def application(name: str) -> Callable[[], keras.Model]:
 IMAGE = (96, 96, 3)
 CASES = {
     "mlp": Case(mlp, (256,), 128, 1500, 3, 1.02),
-    "mobilenetv2": Case(application("MobileNetV2"), IMAGE, 8, 50, 1, 1.01),
-    "resnet50": Case(application("ResNet50"), IMAGE, 8, 20, 1, 1.01),
-    "densenet201": Case(application("DenseNet201"), IMAGE, 8, 20, 1, 1.01),
+    "mobilenetv2": Case(application("MobileNetV2"), IMAGE, 8, 100, 1, 1.01),
+    "resnet50": Case(application("ResNet50"), IMAGE, 8, 30, 1, 1.01),
+    "densenet201": Case(application("DenseNet201"), IMAGE, 8, 30, 1, 1.01),
 }
 VARIANTS = ("without", "default", "with log_dir")
 HEAD = (
