@@ -66,9 +66,12 @@ class Stream:
         Returns:
             A momentum from 0 to `largest`.
         """
-        tries = 1 - np.geomspace(1.0, max(1 - largest, 1e-6), 200)
-        errors = [self.drift_lag(m) ** 2 + self.average_noise(m) ** 2 for m in tries]
-        return float(tries[int(np.argmin(errors))])
+        # At once, for each layer of a model asks.
+        new = np.geomspace(1.0, max(1 - largest, 1e-6), 200)
+        ages = (1 - new) / new
+        drift_lags = self.power / 2 * self.drift * ages**self.power
+        noises = self.noise * new / (2 - new)
+        return float(1 - new[np.argmin(drift_lags + noises)])
 
 
 def observe(
@@ -100,9 +103,9 @@ def observe(
         return None
     if not (np.isfinite(means).all() and np.isfinite(variances).all()):
         return None
-    sigma = np.sqrt(variances + epsilon)
-    unit = np.sqrt(np.mean(np.square(sigma), axis=0))
-    points = np.stack([means / unit, sigma / unit, variances / np.square(unit)])
+    unit = variances.mean(axis=0) + epsilon
+    scales = np.sqrt((variances + epsilon) / unit)
+    points = np.stack([means / np.sqrt(unit), scales, variances / unit])
     of_mean, of_scale, of_variance = _structure(points)
     power, growth = _growth(of_mean + of_scale)
     return Stream(
@@ -117,8 +120,10 @@ def observe(
 def _structure(points: np.ndarray) -> np.ndarray:
     """`D(1)`, `D(2)` and, with enough windows, `D(4)`; a row for each quantity."""
     steps = (1, 2, 4) if points.shape[1] >= 8 else (1, 2)
-    squares = [np.square(points[:, k:] - points[:, :-k]) for k in steps]
-    return np.stack([each.mean(axis=(1, 2)) for each in squares], axis=1)
+    apart = [points[:, k:] - points[:, :-k] for k in steps]
+    return np.stack(
+        [np.einsum("qwc,qwc->q", each, each) / each[0].size for each in apart], axis=1
+    )
 
 
 def _growth(structure: Sequence[float]) -> tuple[float, float]:

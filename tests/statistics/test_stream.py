@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bn_callbacks.statistics.causes import HEALTHY
 from bn_callbacks.statistics.diagnosis import diagnose
@@ -187,6 +189,18 @@ def test_best_momentum_is_as_good_as_the_best_of_a_search(speed, step):
     best = stream.best_momentum()
     found = simulated_error(best, speed, step, noise, np.random.default_rng(0))
     assert found < 1.1 * min(errors.values())
+
+
+@given(noise=st.floats(0, 4), drift=st.floats(0, 4), power=st.floats(1, 2))
+def test_no_momentum_has_a_smaller_error_than_the_best(noise, drift, power):
+    stream = Stream(noise, 0.0, drift, power, variation=0.1)
+
+    def error(momentum):
+        lag, noise = stream.drift_lag(momentum), stream.average_noise(momentum)
+        return lag**2 + noise**2
+
+    least = min(error(m) for m in 1 - np.geomspace(1, 0.001, 50))
+    assert error(stream.best_momentum()) <= least * 1.01 + 1e-12
 
 
 def test_best_momentum_keeps_to_the_bound_that_forgets_the_start():
