@@ -137,6 +137,7 @@ class Team:
                 raise error
             raise RuntimeError(
                 f"Worker {failed[0]} has failed, so that nothing is changed on any. "
+                "Mend it there, and begin again on all workers. "
                 f"Received there: {texts[failed[0]]}"
             )
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.cli.errors import text_of
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.recalibrate import recalibrate, say_result
 from bn_callbacks.cli.serving import expect, export_saved_model, verify
-from bn_callbacks.cli.writing import replacing
+from bn_callbacks.cli.writing import cannot_write, replacing
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,9 +28,7 @@ def run(options: argparse.Namespace) -> int:
                 export_saved_model(model, new)
                 proof = verify(new, expected)
         except tf.errors.OpError as error:
-            raise CommandError(
-                f"Cannot write {path}: {text_of(error)}. Nothing was left behind."
-            ) from error
+            raise cannot_write(path, text_of(error)) from error
         done = f"Exported to {path}. {proof}"
         facts["verified"] = dataclasses.asdict(proof)
     say_result(report, options, done, facts)

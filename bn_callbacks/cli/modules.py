@@ -5,7 +5,7 @@ import os
 import sys
 from types import ModuleType
 
-from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.errors import CommandError, text_of
 
 
 def import_module(name: str) -> ModuleType:
@@ -26,9 +26,11 @@ def import_module(name: str) -> ModuleType:
                 f"There is no module {name!r} in {here} or on PYTHONPATH.{hint}"
             ) from error
         raise CommandError(
-            f"The module {name!r} needs {error.name!r}, which is not installed."
+            f"The module {name!r} needs {error.name!r}, which is not installed. "
+            "Install it where bn-callbacks is."
         ) from error
     except Exception as error:
         raise CommandError(
-            f"Importing the module {name!r} raised {type(error).__name__}: {error}"
+            f"Importing the module {name!r} raised {type(error).__name__}: "
+            f"{text_of(error)}. Try it with: python -c 'import {name}'"
         ) from error

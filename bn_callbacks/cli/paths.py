@@ -51,7 +51,9 @@ def _check_model(path: Path) -> None:
     if path.suffix != ".keras":
         raise CommandError(f"{path} is no .keras file. {wanted}")
     if not os.access(path, os.R_OK):
-        raise CommandError(f"{path} cannot be read: permission denied.")
+        raise CommandError(
+            f"{path} cannot be read: permission denied. Pass a copy that is yours."
+        )
     if not zipfile.is_zipfile(path):
         raise CommandError(
             f"{path} is damaged, or no .keras file: it is no zip archive. Copy or save "
@@ -88,7 +90,9 @@ def _check_parent(path: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise CommandError(f"{parent} is a file, not a directory for the output.")
+        raise CommandError(
+            f"{parent} is a file, not a directory for the output. Name another place."
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CommandError(
             f"The directory {parent} is read-only. Choose another for the output."

@@ -74,7 +74,8 @@ def export_saved_model(model: keras.Model, path: Path) -> None:
         raise
     except Exception as error:
         raise CommandError(
-            f"Keras cannot export the model: {text_of(error)}. Nothing was left behind."
+            f"Keras cannot export the model: {text_of(error)}. Nothing was left "
+            "behind. In Python, model.export('serving') shows where it fails."
         ) from error
 
 

@@ -39,14 +39,20 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, target)
     except OSError as error:
         _remove(new, missing)
-        raise CommandError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing was left behind."
-        ) from error
+        raise cannot_write(path, str(error.strerror or error)) from error
     except BaseException:
         _remove(new, missing)
         raise
     for directory in {target.parent, *(parent.parent for parent in missing)}:
         _flush_entry(directory)
+
+
+def cannot_write(path: Path, reason: str) -> CommandError:
+    """The error when `replacing` has failed, for a reason without a full stop."""
+    return CommandError(
+        f"Cannot write {path}: {reason}. Nothing was left behind. Make room, or write "
+        "to another place."
+    )
 
 
 def _flush(path: Path) -> None:

@@ -151,7 +151,8 @@ def test_a_model_that_keras_cannot_export(fails, untouched, monkeypatch):
 
     monkeypatch.setattr(keras.Sequential, "export", export)
     assert fails(*EXPORT).endswith(
-        "Keras cannot export the model: ValueError: No way. Nothing was left behind.\n"
+        "Keras cannot export the model: ValueError: No way. Nothing was left behind. "
+        "In Python, model.export('serving') shows where it fails.\n"
     )
 
 
@@ -164,7 +165,9 @@ def test_a_full_disk_leaves_nothing(fails, untouched):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "Cannot write serving/1: " in line
-    assert line.endswith("Nothing was left behind.\n")
+    assert line.endswith(
+        "Nothing was left behind. Make room, or write to another place.\n"
+    )
 
 
 @pytest.mark.slow
@@ -183,7 +186,11 @@ def test_a_worse_validation_loss_exports_nothing(run, untouched):
     [
         ("full", "full is not empty. Name a directory to make"),
         ("model.keras", "model.keras is a file. Name a directory to make."),
-        ("model.keras/1", "model.keras is a file, not a directory for the output."),
+        (
+            "model.keras/1",
+            "model.keras is a file, not a directory for the output. Name another "
+            "place.",
+        ),
     ],
 )
 def test_an_output_that_cannot_be(fails, here, output, says):

@@ -155,7 +155,11 @@ def test_own_layers_come_from_the_module_that_is_named(run, fails, own_objects, 
         ("no_layers", "There is no module 'no_layers' in "),
         ("own_layers.py", "Leave out the .py: own_layers."),
         ("needy_layers", "The module 'needy_layers' needs 'not_there'"),
-        ("broken_layers", "the module 'broken_layers' raised ZeroDivisionError: "),
+        (
+            "broken_layers",
+            "the module 'broken_layers' raised ZeroDivisionError: division by zero. "
+            "Try it with: python -c 'import broken_layers'",
+        ),
     ],
 )
 def test_a_module_that_cannot_be_imported(fails, here, module, says):
