@@ -72,52 +72,17 @@ def channel_lags(
     return np.hypot(shift, ratio - 1.0)
 
 
-def mean_shift(batch: Statistics, moving: Statistics, epsilon: float) -> float:
-    """The part of the lag that the means cause: `sqrt(mean_c[((μ_b − μ_m)/σ_m)²])`.
-
-    Args:
-        batch: Statistics of the batches.
-        moving: Statistics that the layer uses at inference.
-        epsilon: The layer's `epsilon`.
-
-    Returns:
-        RMS offset of the normalised output, in standard deviations; 0 without
-        channels, `inf` if any statistic is not finite.
-
-    Examples:
-        >>> batch = Statistics(np.array([3.0, -3.0]), np.array([4.0, 4.0]))
-        >>> moving = Statistics(np.array([0.0, 0.0]), np.array([4.0, 4.0]))
-        >>> mean_shift(batch, moving, epsilon=0.0)
-        1.5
-    """
-    return _mean_shift(_shift_and_ratio(batch, moving, epsilon)[0])
-
-
-def scale_ratio(batch: Statistics, moving: Statistics, epsilon: float) -> float:
-    """How much too wide the normalised output is at inference.
-
-    The geometric mean over the channels of `σ_b/σ_m`: above 1 where the moving
-    variance is too small for the batches, below 1 where it is too large.
-
-    Args:
-        batch: Statistics of the batches.
-        moving: Statistics that the layer uses at inference.
-        epsilon: The layer's `epsilon`.
-
-    Returns:
-        The ratio; 1 without channels, `inf` if any statistic is not finite.
-
-    Examples:
-        >>> batch = Statistics(np.array([0.0]), np.array([9.0]))
-        >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
-        >>> round(scale_ratio(batch, fresh, epsilon=0.0), 6)
-        3.0
-    """
-    return _scale_ratio(_shift_and_ratio(batch, moving, epsilon)[1])
-
-
 class Distance(NamedTuple):
-    """What `lag`, `mean_shift` and `scale_ratio` say of the same pair."""
+    """How far moving statistics are from those of the batches.
+
+    Attributes:
+        lag: See `lag`.
+        mean_shift: The part of it that the means cause,
+            `sqrt(mean_c[((μ_b − μ_m)/σ_m)²])`, in standard deviations.
+        scale_ratio: How much too wide the normalised output is at inference: the
+            geometric mean over the channels of `σ_b/σ_m`, above 1 where the moving
+            variance is too small for the batches, below 1 where it is too large.
+    """
 
     lag: float
     mean_shift: float
@@ -125,24 +90,36 @@ class Distance(NamedTuple):
 
 
 def distance(batch: Statistics, moving: Statistics, epsilon: float) -> Distance:
-    """All three figures at once, for the time of one."""
+    """The lag and what it is made of.
+
+    Args:
+        batch: Statistics of the batches.
+        moving: Statistics that the layer uses at inference.
+        epsilon: The layer's `epsilon`.
+
+    Returns:
+        The distance; 0, 0 and 1 without channels, `inf` if any statistic is not
+        finite.
+
+    Examples:
+        >>> batch = Statistics(np.array([3.0]), np.array([4.0]))
+        >>> fresh = Statistics(np.array([0.0]), np.array([1.0]))
+        >>> found = distance(batch, fresh, epsilon=0.0)
+        >>> found.mean_shift, round(found.scale_ratio, 6)
+        (3.0, 2.0)
+    """
     shift, ratio = _shift_and_ratio(batch, moving, epsilon)
-    return Distance(_lag(shift, ratio), _mean_shift(shift), _scale_ratio(ratio))
+    with np.errstate(over="ignore", divide="ignore"):
+        return Distance(
+            _lag(shift, ratio),
+            mean_shift=math.sqrt(_mean(shift**2)),
+            scale_ratio=float(np.exp(_mean(np.log(ratio)))),
+        )
 
 
 def _lag(shift: NDArray[np.float64], ratio: NDArray[np.float64]) -> float:
     with np.errstate(over="ignore"):
         return math.sqrt(_mean(shift**2 + (ratio - 1.0) ** 2))
-
-
-def _mean_shift(shift: NDArray[np.float64]) -> float:
-    with np.errstate(over="ignore"):
-        return math.sqrt(_mean(shift**2))
-
-
-def _scale_ratio(ratio: NDArray[np.float64]) -> float:
-    with np.errstate(divide="ignore"):
-        return float(np.exp(_mean(np.log(ratio))))
 
 
 def _shift_and_ratio(
