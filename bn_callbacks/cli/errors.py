@@ -11,7 +11,8 @@ EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
 # By the names of their classes, since TensorFlow may not be there yet.
 REMEDIES = {
     "DataLossError": "The data are damaged: {}. Write them again.",
-    "InvalidArgumentError": "The data cannot be read: {}.",
+    "InvalidArgumentError": "The data cannot be read: {}. Check --data, and --features "
+    "of TFRecord files.",
     "MemoryError": "Out of memory. Pass a smaller --batch-size.",
     "ResourceExhaustedError": "Out of memory: {}. Pass a smaller --batch-size.",
 }
