@@ -140,9 +140,7 @@ def to_png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
         The file, and the picture's width and height.
     """
     canvas = matplotlib("backends.backend_agg").FigureCanvasAgg(figure)
-    # Fitting letters to pixels takes a third of the time, and nobody sees it.
-    with importlib.import_module("matplotlib").rc_context({"text.hinting": "none"}):
-        canvas.draw()
+    canvas.draw()
     image = importlib.import_module("PIL.Image")
     palette = image.new("P", (1, 1))
     palette.putpalette(_palette())
