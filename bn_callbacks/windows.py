@@ -2,8 +2,9 @@
 
 import functools
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ from bn_callbacks.statistics.moving_average import (
     window_noise,
     window_statistic,
 )
-from bn_callbacks.statistics.stream import MIN_WINDOWS
+from bn_callbacks.statistics.stream import MIN_WINDOWS, recurrence
 
 KEPT_WINDOWS = 16
 """Windows remembered for the estimate of noise."""
@@ -54,14 +55,25 @@ class _Window:
         """Statistics of the window's batches, `nan` for layers with momentum 1."""
         # Layers are many, and their kinds are few.
         found = np.full_like(self.new, np.nan)
-        for kind in set(self.kinds):
+        kinds = set(self.kinds)
+        for kind in kinds:
             momentum, calls = kind
             if momentum < 1:
-                alike = self.reader.spread([each == kind for each in self.kinds])
+                alike: Any = slice(None)
+                if len(kinds) > 1:
+                    alike = self.reader.spread([each == kind for each in self.kinds])
                 found[:, alike] = window_statistic(
                     self.old[:, alike], self.new[:, alike], momentum, self.steps * calls
                 )
         return found
+
+
+class _Series(NamedTuple):
+    """Windows in a row for each: length, validity by layer, batch statistics."""
+
+    steps: NDArray[np.int_]
+    is_valid: NDArray[np.bool_]
+    batches: Flat
 
 
 class Windows:
@@ -108,28 +120,6 @@ class Windows:
         windows = [window for window in self._kept if window.epoch == self._epoch]
         self._epochs = (self._epochs[1], windows)
         self._epoch += 1
-
-    def _recurrence(self, index: int) -> float | None:
-        """Variance of the windows' means in an epoch, if each epoch repeats it.
-
-        That is what examples in an order do, and neither noise nor weights that move.
-        In units of the batch variance; None if the epochs cannot be compared.
-        """
-        before, after = (
-            [w for w in epoch if w.is_valid[index] and w.steps == self._length]
-            for epoch in self._epochs
-        )
-        if len(after) < MIN_WINDOWS or len(before) != len(after):
-            return None
-        bn = self.layers[index]
-        if bn.momentum == 1:
-            return None
-        old, new = (self._batches(epoch, index) for epoch in (before, after))
-        unit = new.variance.mean(axis=0) + bn.epsilon
-        varying = (old.mean.var(axis=0) + new.mean.var(axis=0)) / 2
-        spread = float(np.mean(varying / unit))
-        change = float(np.mean(np.square(new.mean - old.mean) / unit))
-        return spread if change < spread / 2 else 0.0
 
     def updating(self) -> list[BatchNormLayer]:
         """The layers that use batches: those not frozen, and those that moved."""
@@ -189,16 +179,29 @@ class Windows:
             self._has_moved[which] = False
         self._versions = versions(self.layers)
 
-    def evidence(
-        self, index: int, total_steps: int | None, threshold: float
+    def evidence(self, total_steps: int | None, threshold: float) -> list[Evidence]:
+        """All that the readings say of each layer."""
+        kept, *epochs = map(self._series, (self._kept, *self._epochs))
+        return [
+            self._evidence(index, kept, epochs, total_steps, threshold)
+            for index in range(len(self.layers))
+        ]
+
+    def _evidence(
+        self,
+        index: int,
+        kept: _Series,
+        epochs: Sequence[_Series],
+        total_steps: int | None,
+        threshold: float,
     ) -> Evidence:
-        """All that the readings say of one layer."""
         bn = self.layers[index]
+        before, after = (self._batches(epoch, index, self._length) for epoch in epochs)
         updates = int(self._updates[index])
         windows = [w for w in self._kept if w.is_valid[index]]
         batch, past = self._latest(index, windows, updates)
         length = Counter(w.steps for w in windows).most_common(1)
-        equal = [w for w in windows if w.steps == length[0][0]] if length else []
+        steps, count = length[0] if length else (0, 0)
         return Evidence(
             path=bn.path,
             momentum=bn.momentum,
@@ -210,11 +213,11 @@ class Windows:
             updates=updates,
             total_updates=None if total_steps is None else total_steps * bn.calls,
             start=self._part(self._start, index) if updates else None,
-            windows=self._batches(equal, index) if equal and bn.momentum < 1 else None,
-            window_updates=equal[0].steps * bn.calls if equal else None,
-            window_share=window_noise(bn.momentum, equal[0].steps * bn.calls)
-            if equal
+            windows=self._batches(kept, index, steps)
+            if count and bn.momentum < 1
             else None,
+            window_updates=steps * bn.calls if count else None,
+            window_share=window_noise(bn.momentum, steps * bn.calls) if count else None,
             is_still=updates > 0 and not self._has_moved[index],
             is_initial=all(
                 map(np.array_equal, self._part(self._start, index), bn.initial)
@@ -223,9 +226,11 @@ class Windows:
             precision=bn.precision,
             has_mixed_calls=bn.calls > 1 or self._is_own_step,
             replicas=self._replicas(self._now, index)
-            if len(self._now) > 1 and len(equal) >= MIN_WINDOWS
+            if len(self._now) > 1 and count >= MIN_WINDOWS
             else [],
-            recurrence=self._recurrence(index),
+            recurrence=recurrence(before, after, bn.epsilon)
+            if bn.momentum < 1
+            else None,
             threshold=threshold,
         )
 
@@ -258,10 +263,21 @@ class Windows:
         batches = window_statistic(before, after, bn.momentum, steps * bn.calls)
         return pool_replicas([bn.statistics(each) for each in batches])
 
-    def _batches(self, windows: Sequence[_Window], index: int) -> Statistics:
-        """Batch statistics of windows on the first replica, a row for each."""
-        averages = [self._reader.averages(each.batches, index)[0] for each in windows]
-        return self.layers[index].statistics(np.stack(averages, axis=1))
+    def _series(self, windows: Collection[_Window]) -> _Series:
+        """Windows on the first replica."""
+        return _Series(
+            np.array([each.steps for each in windows], int),
+            np.array([each.is_valid for each in windows], bool).reshape(
+                -1, len(self.layers)
+            ),
+            np.concatenate([self._now[:0], *(each.batches[:1] for each in windows)]),
+        )
+
+    def _batches(self, series: _Series, index: int, steps: int) -> Statistics:
+        """Batch statistics of a layer in the valid windows of so many steps."""
+        chosen = series.is_valid[:, index] & (series.steps == steps)
+        averages = self._reader.averages(series.batches, index)[chosen]
+        return self.layers[index].statistics(averages.swapaxes(0, 1))
 
     def _part(self, flat: Flat, index: int) -> Statistics:
         return self._replicas(flat, index)[0]

@@ -39,7 +39,7 @@ class Averages:
         self.windows.close(self.windows.read()[1], steps)
 
     def evidence(self, index=0):
-        return self.windows.evidence(index, None, 0.2)
+        return self.windows.evidence(None, 0.2)[index]
 
 
 def weighted(batches, momentum=MOMENTUM):

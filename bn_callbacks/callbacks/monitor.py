@@ -376,13 +376,17 @@ class BatchNormMonitor(keras.callbacks.Callback):
         report = BatchNormReport((), *(losses or (None, None)), clues=self._clues)
         self._evidence = [
             dataclasses.replace(
-                self._windows.evidence(index, self._total_steps(), self.threshold),
-                batch_size=self._examples.batch_size_of(self._layers[index]),
+                seen,
+                batch_size=self._examples.batch_size_of(bn),
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
                 loss_gap=report.loss_gap if losses else self._gap,
             )
-            for index in range(len(self._windows.layers))
+            for bn, seen in zip(
+                self._layers,
+                self._windows.evidence(self._total_steps(), self.threshold),
+                strict=True,
+            )
         ]
         return dataclasses.replace(report, layers=layer_reports(self._evidence))
 

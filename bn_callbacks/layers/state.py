@@ -157,9 +157,9 @@ class Reader:
         return step, rows.reshape(self.team.size, -1)
 
     def averages(self, flat: NDArray[np.float64], index: int) -> NDArray[np.float64]:
-        """One layer's two averages in a reading, `(replicas, 2, channels)`."""
+        """One layer's two averages in each row, `(rows, 2, channels)`."""
         part = flat[:, self._ends[index] : self._ends[index + 1]]
-        return part.reshape(len(flat), 2, -1)
+        return part.reshape(len(flat), 2, part.shape[1] // 2)
 
     def all_per_layer(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """For each layer, whether all of its entries are true."""

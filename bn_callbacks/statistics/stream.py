@@ -117,6 +117,29 @@ def observe(
     )
 
 
+def recurrence(before: Statistics, after: Statistics, epsilon: float) -> float | None:
+    """Variance of the windows' means in an epoch, if the next epoch repeats it.
+
+    That is what examples in an order do, and neither noise nor weights that move.
+
+    Args:
+        before: Batch statistics of the windows of an epoch: `(windows, channels)`.
+        after: Those of the next epoch.
+        epsilon: The layer's epsilon.
+
+    Returns:
+        The variance in units of the batch variance, 0 if the epochs differ by more
+        than half of it; None with fewer than 4 windows, or not equally many.
+    """
+    if not MIN_WINDOWS <= len(after.mean) == len(before.mean):
+        return None
+    unit = after.variance.mean(axis=0) + epsilon
+    varying = (before.mean.var(axis=0) + after.mean.var(axis=0)) / 2
+    spread = float(np.mean(varying / unit))
+    change = float(np.mean(np.square(after.mean - before.mean) / unit))
+    return spread if change < spread / 2 else 0.0
+
+
 def _structure(points: np.ndarray) -> np.ndarray:
     """`D(1)`, `D(2)` and, with enough windows, `D(4)`; a row for each quantity."""
     steps = (1, 2, 4) if points.shape[1] >= 8 else (1, 2)

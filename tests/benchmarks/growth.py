@@ -85,9 +85,7 @@ def reading_and_report(
         windows.close(windows.read()[1], 10)
 
     def report() -> None:
-        layer_reports(
-            [windows.evidence(index, 1000, 0.2) for index in range(layers)],
-        )
+        layer_reports(windows.evidence(1000, 0.2))
 
     time_of_reading = seconds(read, readings)
     for move in moves:

@@ -10,7 +10,7 @@ from bn_callbacks.statistics.diagnosis import diagnose
 from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import window_noise, window_statistic
-from bn_callbacks.statistics.stream import Stream, observe
+from bn_callbacks.statistics.stream import Stream, observe, recurrence
 
 CHANNELS = 16
 
@@ -216,3 +216,36 @@ def test_too_few_windows_or_infinite_ones_say_nothing():
     assert observe(last(windows, 4), 1e-3, 0.1, 10) == Stream(0, 0, 0, 1, 0)
     windows.mean[-1] = np.nan
     assert observe(windows, 1e-3, 0.1, 10) is None
+
+
+def epochs(ordered, rng, count=5):
+    """Windows of two epochs whose means vary by 2 σ: in the same order, or not."""
+    first = rng.normal(scale=2.0, size=(count, 1000))
+    second = first if ordered else rng.normal(scale=2.0, size=first.shape)
+    noise = rng.normal(scale=0.1, size=(2, *first.shape))
+    variance = np.full(first.shape, 4.0)
+    return [
+        Statistics(2.0 * mean + more, variance)
+        for mean, more in zip((first, second), noise, strict=True)
+    ]
+
+
+def test_a_pattern_that_epochs_repeat_is_measured_in_batch_variances():
+    before, after = epochs(True, np.random.default_rng(0))
+    # The variance of 5 windows is 4/5 of that of which they are a sample.
+    assert recurrence(before, after, 0.0) == pytest.approx(4 * 4 / 5, rel=0.1)
+
+
+def test_what_changes_between_epochs_is_no_pattern():
+    before, after = epochs(False, np.random.default_rng(0))
+    assert recurrence(before, after, 0.0) == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (5, 4), (0, 5), (0, 0)])
+def test_epochs_of_few_or_unequal_windows_are_not_compared(before, after):
+    windows = epochs(True, np.random.default_rng(0))
+    shorter = [
+        Statistics(part.mean[:count], part.variance[:count])
+        for part, count in zip(windows, (before, after), strict=True)
+    ]
+    assert recurrence(*shorter, 0.0) is None
