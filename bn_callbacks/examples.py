@@ -2,7 +2,7 @@
 
 import keras
 
-from bn_callbacks.layers import BatchNormLayer, examples_seen, replicas
+from bn_callbacks.layers import BatchNormLayer, LossMetric, replicas
 
 
 class ExampleCounter:
@@ -15,7 +15,7 @@ class ExampleCounter:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self._model = model
+        self._loss = LossMetric(model)
         self._replicas = replicas(model)
         self.batch_size: float | None = None
         self.last_batch_size: float | None = None
@@ -44,5 +44,5 @@ class ExampleCounter:
         self.last_batch_size = last if 0.5 < last < self.batch_size else None
 
     def _seen(self) -> float | None:
-        seen = examples_seen(self._model)
+        seen = self._loss.examples()
         return None if seen is None else seen / self._replicas

@@ -29,9 +29,9 @@ from models import (
 
 import bn_callbacks
 from bn_callbacks.layers import (
+    LossMetric,
     compute_loss,
     count_inputs,
-    examples_seen,
     find,
     forward,
     is_stale,
@@ -291,7 +291,7 @@ def test_the_loss_metric_still_counts_examples() -> None:
     model = compiled(dense(1))
     for size in (32, 5):
         model.train_on_batch(X[:size], X[:size, :1])
-        assert examples_seen(model) == size, "the count of Keras' metric `loss`"
+        assert LossMetric(model).examples() == size, "the count of Keras' metric `loss`"
         model.reset_metrics()
 
 

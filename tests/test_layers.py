@@ -22,6 +22,7 @@ from models import (
 
 from bn_callbacks.layers import (
     BatchNormLayer,
+    Fingerprint,
     Reader,
     assign,
     batch_mode,
@@ -40,6 +41,7 @@ from bn_callbacks.layers import (
     uses_ema,
     versions,
 )
+from bn_callbacks.layers.facts import SAMPLED_WEIGHTS
 from bn_callbacks.statistics.moments import Statistics
 
 BN = layers.BatchNormalization
@@ -390,6 +392,20 @@ def test_optimizer_ema_is_seen() -> None:
     model.compile(keras.optimizers.SGD(use_ema=True), "mse", steps_per_execution=4)
     assert uses_ema(model)
     assert steps_per_execution(model) == 4
+
+
+@pytest.mark.parametrize("depth", [0, 1, 40])
+def test_a_fingerprint_changes_with_the_weights_and_back(depth: int) -> None:
+    model = keras.Sequential([keras.Input((2,))])
+    for _ in range(depth):
+        model.add(layers.Dense(2))
+    fingerprint = Fingerprint(model)
+    assert len(fingerprint()) <= 4 * SAMPLED_WEIGHTS
+    before, weights = fingerprint(), model.get_weights()
+    model.set_weights([weight + 1 for weight in weights])
+    assert (fingerprint() != before) is (depth > 0)
+    model.set_weights(weights)
+    assert fingerprint() == before
 
 
 @pytest.mark.skipif(KERAS < (3, 4), reason="this Keras does not accumulate gradients")

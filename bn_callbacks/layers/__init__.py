@@ -2,8 +2,8 @@
 
 from bn_callbacks.layers.facts import (
     Fingerprint,
+    LossMetric,
     count_inputs,
-    examples_seen,
     has_own_train_step,
     is_stale,
     iterations,
@@ -53,6 +53,7 @@ __all__ = [
     "Fingerprint",
     "InputLayout",
     "LayerSelection",
+    "LossMetric",
     "Reader",
     "Snapshot",
     "assign",
@@ -61,7 +62,6 @@ __all__ = [
     "compute_loss",
     "compute_precision",
     "count_inputs",
-    "examples_seen",
     "find",
     "forward",
     "has_own_train_step",

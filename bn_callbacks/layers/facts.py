@@ -1,5 +1,6 @@
 """Facts about a model that is trained: its steps, its graph, its optimizer."""
 
+import math
 from typing import Any
 
 import keras
@@ -58,35 +59,53 @@ def has_own_train_step(model: keras.Model) -> bool:
     return type(model).train_step is not keras.Model.train_step
 
 
-def examples_seen(model: keras.Model) -> float | None:
-    """Examples since the epoch began, as the model's loss metric counts them.
+class LossMetric:
+    """The metric in which a model counts the examples of an epoch.
 
-    None where it cannot be known: Keras before 3.3 counts batches, a model with its
-    own `train_step` nothing.
+    Args:
+        model: The model, compiled.
     """
-    if not _COUNTS_EXAMPLES:
-        return None
-    for metric in model.metrics:
-        if metric.name == "loss" and isinstance(metric, keras.metrics.Mean):
-            return float(metric.count.value.numpy()) or None
-    return None
+
+    def __init__(self, model: keras.Model) -> None:
+        # Found once, for Keras walks through all layers to list the metrics.
+        means = [each for each in model.metrics if isinstance(each, keras.metrics.Mean)]
+        found = [mean for mean in means if mean.name == "loss"]
+        self._loss = found[0] if found and _COUNTS_EXAMPLES else None
+
+    def examples(self) -> float | None:
+        """Examples since the epoch began.
+
+        None where it cannot be known: Keras before 3.3 counts batches, a model with
+        its own `train_step` nothing.
+        """
+        if self._loss is None:
+            return None
+        return float(self._loss.count.value.numpy()) or None
 
 
 _COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
 
 
+SAMPLED_WEIGHTS = 32
+"""Variables looked at in a fingerprint, spread over the model."""
+
+
 class Fingerprint:
-    """Tells whether the weights of a model have changed.
+    """Tells whether the weights of a model have been replaced.
+
+    Whoever averages or restores weights does it to all, so a sample of them will do.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self._values = [variable.value for variable in model.trainable_variables]
+        variables = model.trainable_variables
+        every = math.ceil(len(variables) / SAMPLED_WEIGHTS) or 1
+        self._values = [variable.value for variable in variables[::every]]
 
     def __call__(self) -> bytes:
-        """A value that almost surely changes with any weight."""
+        """A value that almost surely changes with the weights."""
         # Not compiled: a trace in each `fit` would cost more than it would save.
         sums = [tf.nn.l2_loss(_wide(value)) for value in self._values]
         return b"".join(total.numpy().tobytes() for total in sums)
