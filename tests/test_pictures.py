@@ -11,9 +11,9 @@ from matplotlib import pyplot
 from PIL import Image
 
 from bn_callbacks import BatchNormReport, LayerReport, RecalibrationReport
-from bn_callbacks.pictures import canvas, draw_heat_map, to_png
+from bn_callbacks.pictures import canvas, draw_heat_map, heat_map
 from bn_callbacks.pictures.canvas import MAX_LABEL, chosen_rows, shorten
-from bn_callbacks.pictures.heat_map import HIGHEST, LOWEST, NOT_FINITE, UNKNOWN
+from bn_callbacks.pictures.heat_map import HIGHEST, LOWEST, OTHERS, lay_out
 
 INF, NAN = math.inf, math.nan
 
@@ -81,17 +81,12 @@ def overlaps(figure):
     return pairs + outside
 
 
-def heat_map_of(report, columns=20):
-    lags = np.array([[layer.lag] * columns for layer in report.layers], float)
+def layout_of(report, last=1000, threshold=0.2):
+    """Of the report's heat map."""
     causes = {report.layers.index(layer): layer.cause for layer in report.lagging}
-    return draw_heat_map(
-        [layer.path for layer in report.layers],
-        range(0, 50 * columns + 1, 50),
-        lags,
-        causes,
-        0.2,
-        f"{report.headline} at step {50 * columns:,}",
-    )
+    title = f"{report.headline} at step {last:,}"
+    paths = [layer.path for layer in report.layers]
+    return lay_out(paths, [0, last], causes, threshold, title)
 
 
 def recalibration_of(before, after):
@@ -112,9 +107,8 @@ def recalibration_of(before, after):
         lambda report: (
             recalibration_of(report, (0.01,) * len(report.layers)).plot().figure
         ),
-        heat_map_of,
     ],
-    ids=["lags", "recalibration", "heat map"],
+    ids=["lags", "recalibration"],
 )
 def test_no_text_overlaps_another(draw, count):
     figure = draw(report_of(count))
@@ -122,11 +116,11 @@ def test_no_text_overlaps_another(draw, count):
     assert len(visible_texts(figure)) >= min(count, 20) + 3
 
 
-@pytest.mark.parametrize("draw", [lambda report: report.plot().figure, heat_map_of])
-def test_names_are_no_formulas(draw):
+def test_names_are_no_formulas():
     name = r"$\alpha_{$/bn"
-    figure = draw(BatchNormReport((LayerReport(name, "drifting", 0.9),)))
-    to_png(figure)
+    report = BatchNormReport((LayerReport(name, "drifting", 0.9),))
+    figure = report.plot().figure
+    figure.canvas.draw()
     assert name in [text.get_text() for text in visible_texts(figure)]
 
 
@@ -254,38 +248,80 @@ def test_what_matplotlib_itself_lacks_is_not_taken_for_its_absence(monkeypatch):
 # --- The heat map
 
 
-def colours_of(lags, tmp=None):
-    """The colour of each cell of a picture."""
+def boxes_of(layout):
+    """The texts of a heat map and the pixels they cover."""
+    for x, y, anchor, text, size in layout.labels:
+        left, top, right, bottom = heat_map._font(size).getbbox(text, anchor=anchor)
+        yield text, (x + left, y + top, x + right, y + bottom)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 200])
+@pytest.mark.parametrize("last", [1, 30, 1_234_567])
+def test_in_a_heat_map_no_text_touches_another(count, last):
+    layout = layout_of(report_of(count), last)
+    boxes = [*boxes_of(layout), ("map", layout.map), ("scale", layout.scale)]
+    for (one, box), (other, other_box) in itertools.combinations(boxes, 2):
+        is_beside = box[2] <= other_box[0] or other_box[2] <= box[0]
+        is_above = box[3] <= other_box[1] or other_box[3] <= box[1]
+        assert is_beside or is_above, (one, other)
+    for text, (left, top, right, bottom) in boxes:
+        width, height = layout.size
+        assert 0 <= left < right <= width, text
+        assert 0 <= top < bottom <= height, text
+    assert len(layout.labels) >= min(count, 20) + 13
+
+
+def test_in_a_heat_map_causes_stand_beside_their_layers():
+    layout = layout_of(report_of(15))
+    notes = {label.y for label in layout.labels if label.text == "drifting"}
+    ends = ("batch_norm_0", "batch_norm_7", "batch_norm_14")
+    assert notes == {label.y for label in layout.labels if label.text.endswith(ends)}
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize("first", [0, 7, 1000])
+@pytest.mark.parametrize("length", [1, 2, 3, 99, 1_234_567])
+def test_steps_below_a_heat_map_are_few_and_round(first, length):
+    steps = list(heat_map._round_steps(first, first + length))
+    assert 1 <= len(steps) <= 7
+    assert first <= steps[0] <= steps[-1] <= first + length
+    for step, other in itertools.pairwise(steps):
+        assert str(other - step).strip("0") in ("1", "2", "5")
+
+
+def picture_of(lags, edges=None, **arguments):
+    """The colours of a heat map, and where the map is in it."""
     lags = np.array(lags, float)
-    figure = draw_heat_map(
-        [f"{row}" for row in range(len(lags))],
-        range(lags.shape[1] + 1),
-        lags,
-        {},
-        0.2,
-        "",
-    )
-    png, size = to_png(figure)
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    paths = [f"{row}" for row in range(len(lags))]
+    edges = list(range(lags.shape[1] + 1)) if edges is None else edges
+    png, size = draw_heat_map(paths, edges, lags, {}, 0.2, "", **arguments)
+    image = Image.open(io.BytesIO(png))
     assert image.size == size
-    axes = figure.axes[0]
-    colours = []
-    for row in range(len(lags)):
-        for column in range(lags.shape[1]):
-            x, y = axes.transData.transform((column + 0.5, row))
-            colours.append(image.getpixel((int(x), int(size[1] - y))))
-    return colours
+    box = lay_out(paths, edges, {}, 0.2, "").map
+    return np.array(image.convert("RGB"))[box.top : box.bottom, box.left : box.right]
 
 
-def brightness(colour):
-    return sum(colour)
+def colours_of(lags):
+    """The colour of each cell of a picture, in which all of a cell has one."""
+    rows = np.array_split(picture_of(lags), len(lags))
+    cells = [cell for row in rows for cell in np.array_split(row, len(lags[0]), axis=1)]
+    for cell in cells:
+        assert (cell[1:-1, 1:-1] == cell[1, 1]).all()
+    return [tuple(cell[1, 1].tolist()) for cell in cells]
 
 
 def test_the_larger_the_lag_the_darker_the_cell():
     lags = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-    shades = [brightness(colour) for colour in colours_of([lags])]
+    shades = [sum(colour) for colour in colours_of([lags])]
     assert shades == sorted(shades, reverse=True)
     assert min(a - b for a, b in itertools.pairwise(shades)) > 20
+
+
+def test_the_scale_is_magma():
+    magma = pyplot.get_cmap("magma_r")
+    lags = np.geomspace(LOWEST, HIGHEST, 10)
+    for place, colour in zip(np.linspace(0, 1, 10), colours_of([lags]), strict=True):
+        assert np.abs(np.array(magma(place)[:3]) * 255 - colour).max() < 12
 
 
 def test_a_lag_has_the_same_colour_in_every_picture():
@@ -295,17 +331,55 @@ def test_a_lag_has_the_same_colour_in_every_picture():
 
 
 def test_what_is_no_number_has_a_colour_of_its_own():
-    unknown, infinite, _ = colours_of([[NAN, INF, 0.1]])
-    for colour, expected in ((unknown, UNKNOWN), (infinite, NOT_FINITE)):
-        assert list(colour) == [int(expected[i : i + 2], 16) for i in (1, 3, 5)]
+    *kinds, _ = colours_of([[NAN, INF, 0.1]])
+    assert [bytes(colour).hex() for colour in kinds] == list(OTHERS.values())
 
 
-def test_the_heat_map_names_causes_beside_their_layers():
-    figure = heat_map_of(report_of(15))
-    notes = [label for label in figure.axes[0].texts if label.get_text() == "drifting"]
-    assert [label.get_position()[1] for label in notes] == [0, 7, 14]
+def test_rows_and_columns_are_where_they_belong():
+    lags = [[0.02, 0.1, 0.5], [0.1, 0.5, 2.0]]
+    picture = picture_of(lags, [0, 10, 20, 100])
+    of = dict(zip(np.ravel(lags), colours_of(lags), strict=True))
+    height, width, _ = picture.shape
+    for row, line in enumerate(lags):
+        for lag, begin, end in zip(line, (0, 0.1, 0.2), (0.1, 0.2, 1.0), strict=True):
+            cell = picture[
+                row * height // 2 : (row + 1) * height // 2,
+                round(begin * width) : round(end * width),
+            ]
+            assert (cell == of[lag]).all()
 
 
-def test_heat_maps_leave_no_figure_behind():
-    to_png(heat_map_of(report_of(3)))
-    assert pyplot.get_fignums() == []
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_pixel_of_many_cells_shows_the_largest_lag(axis):
+    lags = np.full((3, 3000), 0.02)
+    lags[1, 1234] = 2.0
+    lags[1, 17] = NAN
+    edges = list(range(3001))
+    if axis == 0:
+        lags, edges = lags.T, [0, 1, 2, 3]
+    dark = picture_of(lags, edges).sum(axis=2) < 100
+    assert 0 < dark.sum() < dark.size / 200
+    lines = dark.any(axis=1 - axis).nonzero()[0]
+    assert len(lines) == 1
+    assert abs(lines[0] / dark.shape[axis] - 1234 / 3000) < 0.003
+
+
+def test_names_in_other_scripts_and_long_ones_are_no_error():
+    report = BatchNormReport((LayerReport("слой/层", "drifting", 0.9),))
+    assert layout_of(report).size[0] > 500
+    draw_heat_map(["слой/层", "$x_{$" * 30], [0, 1], np.ones((2, 1)), {}, 50.0, "")
+
+
+@pytest.mark.parametrize(
+    ("version", "has_letters", "is_enough"),
+    [
+        ("10.1.0", True, True),
+        ("13.0", True, True),
+        ("10.0.1", True, False),
+        ("11.0.0", False, False),
+    ],
+)
+def test_old_pillows_are_none(monkeypatch, version, has_letters, is_enough):
+    monkeypatch.setattr("PIL.__version__", version)
+    monkeypatch.setattr("PIL.features.check", lambda name: has_letters)
+    assert heat_map.is_available() is is_enough

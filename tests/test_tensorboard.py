@@ -471,10 +471,10 @@ def test_the_report_has_the_last_word(tmp_path):
     assert "weights&#95;replaced" in texts(tmp_path)["bn/report"][30]
 
 
-def test_without_matplotlib_all_but_the_heat_map_is_written(tmp_path, monkeypatch):
+def test_without_pillow_all_but_the_heat_map_is_written(tmp_path, monkeypatch):
     model = make_model()
     fit(model, monitor_of(tmp_path / "with"))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     fit(model, monitor_of(tmp_path / "without"))
     for plugin in ("scalars", "histograms", "text", "custom_scalars"):
         written = [read(tmp_path / x, plugin=plugin) for x in ("with", "without")]

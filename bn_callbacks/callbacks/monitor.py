@@ -68,8 +68,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
     Args:
         log_dir: Directory for TensorBoard's files; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`. The heat map of lags needs matplotlib,
-            `pip install "bn-callbacks[plot]"`.
+            of `keras.callbacks.TensorBoard`. The heat map of lags needs Pillow,
+            which newer versions of TensorBoard bring along.
         update_freq: How often to write charts besides each epoch's end: `"auto"`, as
             often as takes a few thousandths of the time; `"batch"`, or a number
             of batches, whatever it costs. The averages are read at least as often

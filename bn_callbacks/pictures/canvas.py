@@ -1,7 +1,6 @@
 """What all pictures share: matplotlib itself, axes, and labels that do not overlap."""
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,8 @@ FONT_SIZE = 8
 ROW = 0.22
 """Height of a row, in inches, as long as the picture has room."""
 
-CHARACTER = 0.068
-"""Width of a character of a label, in inches."""
-
 MAX_LABEL = 40
 """Characters of a label at most."""
-
-
-def is_available() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def matplotlib(module: str) -> Any:

@@ -41,11 +41,11 @@ GROWTH = 0.1
 PICTURE_SHARE = 0.002
 """Share of the time that drawing takes at most, but for the last picture."""
 
-PICTURE_COST = 0.3
+PICTURE_COST = 0.05
 """Seconds that drawing takes: a guess, until it has been timed."""
 
 NO_PICTURE = (
-    "There is no heat map, for matplotlib is not installed. Install it with: "
+    "There is no heat map, for Pillow 10.1 or newer is not installed. Install it with: "
     'python -m pip install "bn-callbacks[plot]"'
 )
 
@@ -73,7 +73,7 @@ class ReportWriter:
     Charts and a table come with each report; histograms, texts and the heat map at the
     ends of epochs; the heat map only where there is something to see that the last one
     did not show and drawing takes next to none of the time, and at the end. It needs
-    matplotlib; without it there is none.
+    Pillow; without it there is none.
 
     Args:
         log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
@@ -216,7 +216,7 @@ class ReportWriter:
 
     def _draw(self, report: BatchNormReport, step: int) -> Summary:
         paths = [layer.path for layer in report.layers]
-        figure = pictures.draw_heat_map(
+        png, size = pictures.draw_heat_map(
             paths,
             self._history.edges,
             self._history.lags,
@@ -224,7 +224,6 @@ class ReportWriter:
             self._threshold,
             f"{report.headline} at step {step:,}",
         )
-        png, size = pictures.to_png(figure)
         return image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
 
 
