@@ -1,4 +1,4 @@
-"""Measures everything and writes docs/benchmarks.md: some 25 minutes.
+"""Measures everything and writes docs/benchmarks.md: some 75 minutes.
 
     python tests/benchmarks/run.py [--sections overhead causes ...] [--quick]
 
@@ -17,7 +17,7 @@ from page import PATH, SECTIONS, load
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPTIONS = {
-    "overhead": [],
+    "overhead": ["--repeats", "2"],
     "recalibration": ["--repeats", "5"],
     "growth": [],
     "causes": ["--with-probe"],
