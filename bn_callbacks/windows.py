@@ -99,7 +99,7 @@ class Windows:
         self._now = self._start = self._reader()[1]
         self._versions = versions(layers)
         self._epoch = 0
-        self._epochs: tuple[list[_Window], list[_Window]] = ([], [])
+        self._epochs = (self._series([]), self._series([]))
         self._pinned = pinned_in_graph(model)
         self._is_own_step = has_own_train_step(model)
 
@@ -118,7 +118,7 @@ class Windows:
     def end_epoch(self) -> None:
         """Keeps the windows of the epoch for comparison with the next one's."""
         windows = [window for window in self._kept if window.epoch == self._epoch]
-        self._epochs = (self._epochs[1], windows)
+        self._epochs = (self._epochs[1], self._series(windows))
         self._epoch += 1
 
     def updating(self) -> list[BatchNormLayer]:
@@ -181,9 +181,9 @@ class Windows:
 
     def evidence(self, total_steps: int | None, threshold: float) -> list[Evidence]:
         """All that the readings say of each layer."""
-        kept, *epochs = map(self._series, (self._kept, *self._epochs))
+        kept = self._series(self._kept)
         return [
-            self._evidence(index, kept, epochs, total_steps, threshold)
+            self._evidence(index, kept, total_steps, threshold)
             for index in range(len(self.layers))
         ]
 
@@ -191,12 +191,13 @@ class Windows:
         self,
         index: int,
         kept: _Series,
-        epochs: Sequence[_Series],
         total_steps: int | None,
         threshold: float,
     ) -> Evidence:
         bn = self.layers[index]
-        before, after = (self._batches(epoch, index, self._length) for epoch in epochs)
+        before, after = (
+            self._batches(epoch, index, self._length) for epoch in self._epochs
+        )
         updates = int(self._updates[index])
         windows = [w for w in self._kept if w.is_valid[index]]
         batch, past = self._latest(index, windows, updates)
@@ -276,7 +277,9 @@ class Windows:
     def _batches(self, series: _Series, index: int, steps: int) -> Statistics:
         """Batch statistics of a layer in the valid windows of so many steps."""
         chosen = series.is_valid[:, index] & (series.steps == steps)
-        averages = self._reader.averages(series.batches, index)[chosen]
+        averages = self._reader.averages(series.batches, index)
+        if not chosen.all():  # All need no copy.
+            averages = averages[chosen]
         return self.layers[index].statistics(averages.swapaxes(0, 1))
 
     def _part(self, flat: Flat, index: int) -> Statistics:
