@@ -35,14 +35,15 @@ GREYS, SHADES = 64, 190
 WHITE, UNKNOWN, NOT_FINITE = GREYS - 1, GREYS + SHADES, GREYS + SHADES + 1
 
 PER_INCH = 100
-FONT, TITLE = 11, 13
+FONT, TITLE = 12, 13
 """Heights of letters in pixels."""
 
-WIDTH = 500
-"""Width of the map in pixels, and its height at most; the labels are beside it."""
+WIDTH, HEIGHT = 300, 500
+"""Width of the map in pixels, and its height at most. With its labels it is about as
+wide as a card of TensorBoard, which shrinks wider ones until no letter can be read."""
 
 TOP, BOTTOM, GAP = 86, 48, 6
-MARGIN = 24
+MARGIN = 36
 """Room beside the map for half a number of the axis below."""
 
 
@@ -137,16 +138,18 @@ def lay_out(
 ) -> Layout:
     """Where a heat map's parts are; for the arguments see `draw_heat_map`."""
     names = shorten(paths)
-    inside = round(PER_INCH * height(len(names), most=WIDTH / PER_INCH))
-    left, right = _margin(names), _margin(causes.values())
+    inside = round(PER_INCH * height(len(names), most=HEIGHT / PER_INCH))
+    left, right = (
+        max(MARGIN, 2 * GAP + _length(texts)) for texts in (names, causes.values())
+    )
     around = Box(left, TOP, left + WIDTH, TOP + inside)
     scale = Box(left, 40, left + WIDTH, 52)
     middle = left + WIDTH / 2
-    legend = "lag (standard deviations); the white line is the threshold, "
+    legend = f"lag in standard deviations; white: threshold, {threshold:g}"
     labels = [
-        Label(left, TOP - 14, "lm", title, TITLE),
-        Label(middle, 12, "mm", f"{legend}{threshold:g}"),
-        Label(middle, around.bottom + 35, "mm", "step"),
+        Label(GAP, TOP - 14, "lm", title, TITLE),
+        Label(middle, 12, "mm", legend),
+        Label(left, around.bottom + 35, "lm", "step"),
     ]
     signs = {LOWEST: "<", HIGHEST: ">"}
     for lag in TICKS:
@@ -160,8 +163,8 @@ def lay_out(
         labels.append(Label(left - GAP, y, "rm", names[row]))
         if row in causes:
             labels.append(Label(around.right + GAP, y, "lm", causes[row]))
-    size = (around.right + right, around.bottom + BOTTOM)
-    return Layout(size, around, scale, labels)
+    width = max(around.right + right, 2 * GAP + _length([title], TITLE))
+    return Layout((width, around.bottom + BOTTOM), around, scale, labels)
 
 
 def _others(layout: Layout, lags: NDArray[np.float64]) -> list[tuple[int, Box, Label]]:
@@ -233,16 +236,16 @@ def _palette() -> bytes:
     return colours.astype(np.uint8).tobytes() + others
 
 
-def _round_steps(first: int, last: int, most: int = 6) -> range:
+def _round_steps(first: int, last: int, most: int = 4) -> range:
     """Round numbers from the first step to the last, about as many as asked for."""
     sizes = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
     size = next(size for size in sizes if size * most >= last - first)
     return range(-(-first // size) * size, last + 1, size)
 
 
-def _margin(labels: Iterable[str]) -> int:
-    length = _font(FONT).getlength
-    return max(MARGIN, 2 * GAP + math.ceil(max(map(length, labels), default=0)))
+def _length(texts: Iterable[str], size: int = FONT) -> int:
+    """Pixels that the longest takes."""
+    return math.ceil(max(map(_font(size).getlength, texts), default=0))
 
 
 def _font(size: int) -> Any:
