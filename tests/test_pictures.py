@@ -364,10 +364,9 @@ def test_a_pixel_of_many_cells_shows_the_largest_lag(axis):
     assert abs(lines[0] / dark.shape[axis] - 1234 / 3000) < 0.003
 
 
-def test_names_in_other_scripts_and_long_ones_are_no_error():
-    report = BatchNormReport((LayerReport("слой/层", "drifting", 0.9),))
-    assert layout_of(report).size[0] > heat_map.WIDTH
-    draw_heat_map(["слой/层", "$x_{$" * 30], [0, 1], np.ones((2, 1)), {}, 50.0, "")
+@pytest.mark.parametrize("name", ["слой/層", "$x_{$" * 30, "two\nlines", " ", ""])
+def test_odd_names_are_no_error(name):
+    draw_heat_map([name], [0, 1], np.ones((1, 1)), {0: "drifting"}, 50.0, "")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def shorten(paths: Sequence[str]) -> list[str]:
 
 
 def _cut(name: str) -> str:
+    name = " ".join(name.split())
     if len(name) <= MAX_LABEL:
         return name
     # The end tells layers apart more often than the beginning.

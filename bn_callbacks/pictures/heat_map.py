@@ -96,7 +96,7 @@ def draw_heat_map(
 
     The colours run evenly over the logarithm of the lag and always mean the same.
 
-    Not drawn by matplotlib, whose letters alone take ten times as long, in a `fit`.
+    Not drawn by matplotlib, whose letters alone would cost a `fit` a tenth of a second.
 
     Args:
         paths: Paths of the layers.
