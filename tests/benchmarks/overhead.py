@@ -96,7 +96,7 @@ are those of `keras.applications` at 96×96 in batches of 8.
 
 Two times of one and the same `fit` differ by the quartiles of the ratio, which is more
 than what is sought. *Own time* is not touched by that: it is the share of a `fit` that
-passes in the methods of the monitor, which is all that a `fit` has more than without.
+passes in the methods of the monitor, which is what a `fit` does more than without.
 The last column is the limit that we set ourselves for the ratio. Epochs of the large
 models take about half a minute here, which is short for them.
 
