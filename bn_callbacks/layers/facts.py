@@ -68,9 +68,9 @@ class LossMetric:
 
     def __init__(self, model: keras.Model) -> None:
         # Found once, for Keras walks through all layers to list the metrics.
-        means = [each for each in model.metrics if isinstance(each, keras.metrics.Mean)]
-        found = [mean for mean in means if mean.name == "loss"]
-        self._loss = found[0] if found and _COUNTS_EXAMPLES else None
+        means = (each for each in model.metrics if isinstance(each, keras.metrics.Mean))
+        found = next((mean for mean in means if mean.name == "loss"), None)
+        self._loss = found if _COUNTS_EXAMPLES else None
 
     def examples(self) -> float | None:
         """Examples since the epoch began.
