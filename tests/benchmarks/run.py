@@ -1,4 +1,4 @@
-"""Measures everything and writes docs/benchmarks.md: some 75 minutes.
+"""Measures everything and writes docs/benchmarks.md: some 50 minutes.
 
     python tests/benchmarks/run.py [--sections overhead causes ...] [--quick]
 
@@ -18,9 +18,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPTIONS = {
     "overhead": ["--repeats", "2"],
-    "recalibration": ["--repeats", "5"],
+    "recalibration": ["--repeats", "7"],
     "growth": [],
-    "causes": ["--with-probe"],
+    "causes": [],
 }
 QUICK = {
     "overhead": ["--models", "mlp", "--repeats", "1", "--steps", "20"],
