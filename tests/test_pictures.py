@@ -289,12 +289,12 @@ def test_steps_below_a_heat_map_are_few_and_round(first, length):
         assert str(other - step).strip("0") in ("1", "2", "5")
 
 
-def picture_of(lags, edges=None, **arguments):
+def picture_of(lags, edges=None):
     """The colours of a heat map, and where the map is in it."""
     lags = np.array(lags, float)
     paths = [f"{row}" for row in range(len(lags))]
     edges = list(range(lags.shape[1] + 1)) if edges is None else edges
-    png, size = draw_heat_map(paths, edges, lags, {}, 0.2, "", **arguments)
+    png, size = draw_heat_map(paths, edges, lags, {}, 0.2, "")
     image = Image.open(io.BytesIO(png))
     assert image.size == size
     box = lay_out(paths, edges, {}, 0.2, "").map

@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib itself, axes, and labels that do not overlap."""
+"""What pictures share: matplotlib, axes, and labels that do not overlap."""
 
 import importlib
 import math
