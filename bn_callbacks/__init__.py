@@ -4,10 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bn_callbacks.auditing import audit
     from bn_callbacks.callbacks.debias import DebiasBatchNorm
     from bn_callbacks.callbacks.monitor import BatchNormMonitor
     from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
-    from bn_callbacks.recalibration import audit, recalibrate, recalibrated
+    from bn_callbacks.recalibration import recalibrate, recalibrated
     from bn_callbacks.report import (
         BatchNormLagWarning,
         BatchNormReport,
@@ -42,7 +43,7 @@ _HOMES = {
     "LayerReport": "report",
     "RecalibrateBatchNorm": "callbacks.recalibrate",
     "RecalibrationReport": "report",
-    "audit": "recalibration",
+    "audit": "auditing",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "suggest_momentum": "statistics.moving_average",

@@ -14,9 +14,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from bn_callbacks.auditing import audit
 from bn_callbacks.callbacks.debias import DebiasBatchNorm
 from bn_callbacks.callbacks.monitor import BatchNormMonitor
-from bn_callbacks.recalibration import audit, recalibrate
+from bn_callbacks.recalibration import recalibrate
 from bn_callbacks.report import BatchNormWarning
 
 BATCH_SIZE = 64

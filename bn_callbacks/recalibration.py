@@ -1,15 +1,13 @@
-"""Recalibrating a model's BN statistics, and auditing them."""
+"""Recalibrating a model's BN statistics."""
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import keras
-import numpy as np
 
 from bn_callbacks.arguments import (
     check_verbose,
@@ -19,7 +17,7 @@ from bn_callbacks.arguments import (
     is_word,
     shown,
 )
-from bn_callbacks.data import Batches, fits, open_specs
+from bn_callbacks.auditing import report_on
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -28,19 +26,17 @@ from bn_callbacks.layers import (
     count_inputs,
     find,
     read,
-    read_replicas,
     restore,
-    runs_in_training_mode,
     snapshot,
-    steps_made,
     team_of,
 )
-from bn_callbacks.population import Population, Until
-from bn_callbacks.probe import Probe
-from bn_callbacks.refinement import refine_statistics, seen_by
-from bn_callbacks.report import BatchNormReport, RecalibrationReport, layer_reports
-from bn_callbacks.statistics.evidence import Evidence
-from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
+from bn_callbacks.measuring.data import Batches
+from bn_callbacks.measuring.population import Population, Until
+from bn_callbacks.measuring.probe import Probe
+from bn_callbacks.measuring.reach import split
+from bn_callbacks.measuring.refinement import refine_statistics, seen_by
+from bn_callbacks.report import RecalibrationReport
+from bn_callbacks.statistics.moments import Moments
 from bn_callbacks.statistics.sampling import Blocks
 
 MIN_BATCHES = 16
@@ -171,75 +167,6 @@ def recalibrated(
         restore(saved)
 
 
-def audit(
-    model: keras.Model,
-    x: Any = None,
-    *,
-    batch_size: int | None = None,
-    steps: int | None = None,
-    layers: LayerSelection = None,
-) -> BatchNormReport:
-    """Holds a model's BN statistics against data, and changes nothing.
-
-    Args:
-        model: A built Keras model.
-        x: Training data as `fit` takes them, or `None` to look at the stored
-            statistics alone. Where they bring targets and the model is compiled,
-            the loss in both modes is measured too.
-        batch_size: Samples per batch of arrays; 32 by default.
-        steps: Number of batches to use; all by default.
-        layers: Which layers, as `recalibrate` takes them; all by default.
-
-    Returns:
-        A `BatchNormReport`. A model without BN layers gives an empty one.
-
-    Raises:
-        TypeError: `model` is not a Keras 3 model.
-        ValueError: Data that are empty, endless, of a wrong structure or not finite.
-
-    Examples:
-        >>> import keras, numpy as np
-        >>> model = keras.Sequential(
-        ...     [keras.Input((4,)), keras.layers.BatchNormalization(epsilon=0.001)]
-        ... )
-        >>> report = audit(model, np.random.default_rng(0).normal(5, 1, (256, 4)))
-        >>> 4.8 < report.max_lag < 5.2
-        True
-    """
-    check_model(model)
-    found = find(model, layers)
-    stored = read(found)
-    if x is None or not found:
-        return _report(found, stored, [None] * len(found), model)
-    team = team_of(model)
-    with team.agreed():
-        batches = Batches(
-            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
-        )
-        has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
-        targets, *_ = _split(model, found, batches)
-        in_inference = Population(model, found, loss=has_loss)
-        by_batch = Population(model, targets, loss=has_loss)
-    in_inference.share(batches)
-    loss_batch = loss_inference = None
-    seen: dict[BatchNormLayer, Statistics] = {}
-    # Replicas of other workers may store something else.
-    if team.everywhere(is_finite(stored)):
-        # Frozen layers, and those that never train, see only this side.
-        inference = in_inference.measure(batches, stored)
-        seen.update(seen_by(found, inference, stored))
-        loss_inference = inference.loss
-    elif has_loss:
-        loss_inference = math.nan
-    if targets or has_loss:
-        batch = by_batch.measure(batches)
-        seen.update(seen_by(targets, batch, read(targets)))
-        loss_batch = batch.loss
-    return _report(
-        found, stored, [seen.get(bn) for bn in found], model, loss_batch, loss_inference
-    )
-
-
 class Recalibration:
     """A recalibration that is set up once and may run often.
 
@@ -304,7 +231,7 @@ class Recalibration:
         old = read(targets)
         seen = seen_by(targets, first, old)
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
-        before = _report(
+        before = report_on(
             [*targets, *uncalled],
             [*old, *uncalled.values()],
             [*seen.values(), *uncalled.values()],
@@ -401,7 +328,7 @@ def _targets(
             "The model has no BatchNormalization layer to recalibrate. Received: "
             f"model={model.name!r}. There is nothing to do for it."
         )
-    targets, skipped, uncalled = _split(model, found, batches)
+    targets, skipped, uncalled = split(model, found, batches)
     deaf = [bn for bn in skipped if bn.named]
     if deaf:
         raise ValueError(
@@ -427,59 +354,8 @@ def _targets(
     )
 
 
-def _split(
-    model: keras.Model, found: list[BatchNormLayer], batches: Batches
-) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers that training updates, those it does not, and those never called."""
-    first = next(iter(batches))
-    with fits(model.name, first[0], 0):
-        asks = runs_in_training_mode(model, found, open_specs(first[0]))
-    kinds = (True, False, None)
-    updated, idle, uncalled = (
-        [bn for bn, asked in zip(found, asks, strict=True) if asked is kind]
-        for kind in kinds
-    )
-    return updated, idle, uncalled
-
-
 def _is_worse(after: float | None, before: float | None) -> bool:
     """Whether the loss has risen, or is no number any more."""
     if after is None or before is None:
         return False
     return after > before or (math.isnan(after) and not math.isnan(before))
-
-
-def _report(
-    layers: Sequence[BatchNormLayer],
-    stored: Sequence[Statistics],
-    seen: Sequence[Statistics | None],
-    model: keras.Model,
-    loss_batch: float | None = None,
-    loss_inference: float | None = None,
-) -> BatchNormReport:
-    report = BatchNormReport(loss_batch=loss_batch, loss_inference=loss_inference)
-    steps = steps_made(model)
-    evidence = []
-    replicas = read_replicas(model, layers)
-    for bn, moving, batch, each in zip(layers, stored, seen, replicas, strict=True):
-        start = bn.initial
-        is_initial = all(map(np.array_equal, moving, start))
-        evidence.append(
-            Evidence(
-                path=bn.path,
-                momentum=bn.momentum,
-                epsilon=bn.epsilon,
-                moving=moving,
-                batch=batch,
-                trainable=bn.trainable,
-                updates=steps * bn.calls if steps or is_initial else None,
-                start=start,
-                replicas=each,
-                is_still=bool(steps) and is_initial,
-                is_initial=is_initial,
-                precision=bn.precision,
-                has_mixed_calls=bn.calls > 1,
-                loss_gap=report.loss_gap,
-            )
-        )
-    return dataclasses.replace(report, layers=layer_reports(evidence))

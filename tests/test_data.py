@@ -11,8 +11,8 @@ import pytest
 import tensorflow as tf
 from models import KERAS, normal
 
-import bn_callbacks.data
-from bn_callbacks.data import Batches, fits, open_specs
+import bn_callbacks.measuring.data
+from bn_callbacks.measuring.data import Batches, fits, open_specs
 
 X, Y, W = normal(10, 3), normal(10, 2, seed=1), np.linspace(0, 1, 10, dtype="float32")
 
@@ -203,7 +203,7 @@ def test_an_infinite_dataset_needs_steps() -> None:
 def test_a_generator_without_end_is_an_error_not_a_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bn_callbacks.data, "MAX_UNSIZED_BATCHES", 5)
+    monkeypatch.setattr(bn_callbacks.measuring.data, "MAX_UNSIZED_BATCHES", 5)
     assert len(list(Batches(itertools.islice(endless(), 5)))) == 5
     assert len(list(Batches(endless(), steps=9))) == 9
     with pytest.raises(

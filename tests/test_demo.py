@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bn_callbacks import demo
-from bn_callbacks.recalibration import audit
+from bn_callbacks.auditing import audit
 
 README = Path(__file__).parents[1] / "README.md"
 FIGURE = re.compile(r"\d[\d.,]*(?:e-\d+)?")

@@ -21,10 +21,10 @@ from models import (
     unchanged,
 )
 
-import bn_callbacks.population
-from bn_callbacks.data import Batches
+import bn_callbacks.measuring.population
 from bn_callbacks.layers import find, read
-from bn_callbacks.population import Population
+from bn_callbacks.measuring.data import Batches
+from bn_callbacks.measuring.population import Population
 from bn_callbacks.statistics.moments import Moments, Statistics
 
 
@@ -84,7 +84,7 @@ def test_what_is_near_0_is_not_read_twice_and_what_is_far_is() -> None:
             return self.x[16 * index :][:16]
 
     model = keras.Sequential([keras.Input((3, 4, 5)), layers.BatchNormalization()])
-    limit = bn_callbacks.population.FAST_LIMIT
+    limit = bn_callbacks.measuring.population.FAST_LIMIT
     for mean, reads in ((limit / 10, 4), (limit * 10, 8)):
         data = Counted(normal(64, 3, 4, 5, mean=mean, std=1))
         Population(model, find(model)).measure(Batches(data))

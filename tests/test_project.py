@@ -13,10 +13,10 @@ PACKAGE = ROOT / "bn_callbacks"
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
     {"arguments", "budget", "distribution", "pictures", "statistics"},
-    {"data", "layers", "report"},
-    {"clues", "examples", "findings", "population", "start_values", "steps", "windows"},
-    {"probe", "refinement"},
-    {"recalibration", "tensorboard"},
+    {"layers", "report"},
+    {"clues", "examples", "findings", "measuring", "start_values", "steps", "windows"},
+    {"auditing", "tensorboard"},
+    {"recalibration"},
     {"callbacks"},
     {"demo"},
     {"cli"},
@@ -171,9 +171,9 @@ def test_imports_run_downwards(module):
     [
         ("statistics.lag", "from bn_callbacks import report"),
         ("statistics.lag", "from ..layers import find"),
-        ("layers", "import bn_callbacks.population as p"),
+        ("layers", "import bn_callbacks.measuring.population as p"),
         ("layers", "from .report import LayerReport"),
-        ("layers", "def f():\n    from . import data"),
+        ("layers", "def f():\n    from . import measuring"),
         ("recalibration", "from bn_callbacks import audit"),
         ("callbacks.monitor", "import bn_callbacks"),
         ("callbacks.__init__", "from ..cli import main"),

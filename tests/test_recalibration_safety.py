@@ -21,7 +21,7 @@ from models import (
     unchanged,
 )
 
-import bn_callbacks.data
+import bn_callbacks.measuring.data
 from bn_callbacks import audit, recalibrate, recalibrated
 
 X = normal(96, 6)
@@ -201,7 +201,7 @@ def test_data_without_end_are_an_error(
     dataset = tf.data.Dataset.from_tensor_slices(X).batch(32).repeat()
     with unchanged(model), pytest.raises(ValueError, match=r"infinite.*Pass `steps`"):
         recalibrate(model, dataset, verbose=0)
-    monkeypatch.setattr(bn_callbacks.data, "MAX_UNSIZED_BATCHES", 20)
+    monkeypatch.setattr(bn_callbacks.measuring.data, "MAX_UNSIZED_BATCHES", 20)
     endless = itertools.cycle([X[:32]])
     with unchanged(model), pytest.raises(ValueError, match=r"infinite.*Pass `steps`"):
         recalibrate(model, endless, verbose=0)

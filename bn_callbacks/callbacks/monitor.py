@@ -29,7 +29,7 @@ from bn_callbacks.layers import (
     iterations,
     team_of,
 )
-from bn_callbacks.probe import Probe
+from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport, layer_reports
 from bn_callbacks.statistics.causes import HEALTHY, WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD

@@ -6,7 +6,6 @@ import keras
 
 from bn_callbacks.arguments import check_whole, is_word, shown
 from bn_callbacks.callbacks.company import company, gather
-from bn_callbacks.data import Batches
 from bn_callbacks.layers import (
     LayerSelection,
     Snapshot,
@@ -19,6 +18,7 @@ from bn_callbacks.layers import (
     snapshot,
     uses_ema,
 )
+from bn_callbacks.measuring.data import Batches
 from bn_callbacks.recalibration import Recalibration, check_options
 from bn_callbacks.report import RecalibrationReport
 

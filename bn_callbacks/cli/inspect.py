@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_callbacks.auditing import audit
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.sources import open_data
 from bn_callbacks.layers import BatchNormLayer, find, read
-from bn_callbacks.recalibration import audit
 from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
 from bn_callbacks.statistics.causes import HEALTHY, NON_FINITE
 from bn_callbacks.statistics.diagnosis import GAP_LIMIT

@@ -11,8 +11,8 @@ import keras
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.sources import open_data
 from bn_callbacks.cli.writing import replacing
-from bn_callbacks.data import Batches
 from bn_callbacks.layers import count_inputs
+from bn_callbacks.measuring.data import Batches
 from bn_callbacks.recalibration import Recalibration
 from bn_callbacks.report import RecalibrationReport, plain
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from bn_callbacks.cli import served
 from bn_callbacks.cli.errors import CommandError, text_of
-from bn_callbacks.data import Batch
 from bn_callbacks.layers import (
     compute_precision,
     forward,
@@ -26,6 +25,7 @@ from bn_callbacks.layers import (
     takes_any_batch,
     to_model_inputs,
 )
+from bn_callbacks.measuring.data import Batch
 
 SAMPLES = 128
 """Samples to compare, in whole batches: enough to see any mistake in a graph."""

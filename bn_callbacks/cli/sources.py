@@ -16,8 +16,8 @@ from bn_callbacks.cli.images import read_images
 from bn_callbacks.cli.modules import import_module
 from bn_callbacks.cli.options import DATA
 from bn_callbacks.cli.records import read_records
-from bn_callbacks.data import BATCH_SIZE
 from bn_callbacks.layers import InputLayout, input_layout
+from bn_callbacks.measuring.data import BATCH_SIZE
 
 _FUNCTION = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 

@@ -25,9 +25,9 @@ import tensorflow as tf
 from page import Section, quartiles, table
 
 from bn_callbacks import recalibrate
-from bn_callbacks.data import Batches
 from bn_callbacks.layers import find, read
-from bn_callbacks.population import Population
+from bn_callbacks.measuring.data import Batches
+from bn_callbacks.measuring.population import Population
 
 
 def mlp() -> tuple[keras.Model, tuple[int, ...]]:

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 from cluster import add_devices, mirrored, workers
 
-from bn_callbacks.data import Batches
+from bn_callbacks.measuring.data import Batches
 from bn_callbacks.recalibration import Recalibration
 
 REPLICAS = (1, 2, 4)

@@ -14,9 +14,9 @@ import keras
 import numpy as np
 from kit import Case, Run, build
 
-from bn_callbacks.data import Batches
 from bn_callbacks.layers import count_inputs, find, read
-from bn_callbacks.population import Population
+from bn_callbacks.measuring.data import Batches
+from bn_callbacks.measuring.population import Population
 from bn_callbacks.statistics.moments import Statistics
 
 GAP = 1.4

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from bn_callbacks import cli
+from bn_callbacks.auditing import audit
 from bn_callbacks.cli import writing
 from bn_callbacks.cli.errors import CommandError
-from bn_callbacks.recalibration import audit
 
 RECALIBRATE = ("recalibrate", "model.keras", "--data", "train.npz")
 

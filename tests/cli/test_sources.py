@@ -14,8 +14,8 @@ from bn_callbacks.cli.arrays import as_fit_takes_them
 from bn_callbacks.cli.errors import CommandError
 from bn_callbacks.cli.images import read_images
 from bn_callbacks.cli.sources import open_data
-from bn_callbacks.data import Batches
 from bn_callbacks.layers import InputLayout, count_inputs, input_layout
+from bn_callbacks.measuring.data import Batches
 
 ONE = InputLayout(("feat",), ((None, 4),))
 TWO = InputLayout(("a", "b"), ((None, 4), (None, 2)))

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from bn_callbacks.data import First
 from bn_callbacks.layers import BatchNormLayer
-from bn_callbacks.population import Measurement, Population
+from bn_callbacks.measuring.data import First
+from bn_callbacks.measuring.population import Measurement, Population
 from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Statistics, is_finite
 

@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.data import Batch, Batches, First, fits, open_specs
 from bn_callbacks.distribution import copies
 from bn_callbacks.layers import (
     BatchNormLayer,
@@ -22,6 +21,7 @@ from bn_callbacks.layers import (
     stateless,
     team_of,
 )
+from bn_callbacks.measuring.data import Batch, Batches, First, fits, open_specs
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 
 Seen: TypeAlias = tuple[Any, Any, Any]

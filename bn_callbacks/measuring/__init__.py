@@ -1,0 +1,1 @@
+"""From data to the moments of each BN layer's input."""
