@@ -20,9 +20,8 @@ from bn_callbacks.layers import (
     team_of,
 )
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population
+from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.reach import split
-from bn_callbacks.measuring.refinement import seen_by
 from bn_callbacks.report import BatchNormReport, layer_reports
 from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.moments import Statistics, is_finite
@@ -132,3 +131,15 @@ def report_on(
             )
         )
     return dataclasses.replace(report, layers=layer_reports(evidence))
+
+
+def seen_by(
+    layers: Sequence[BatchNormLayer],
+    measured: Measurement,
+    otherwise: Sequence[Statistics],
+) -> dict[BatchNormLayer, Statistics]:
+    """Measured statistics by layer, or others where nothing reached a layer."""
+    return {
+        bn: other if one.is_empty else one.statistics
+        for bn, one, other in zip(layers, measured.moments, otherwise, strict=True)
+    }

@@ -30,6 +30,7 @@ from bn_callbacks.layers.inputs import (
     takes_any_batch,
     to_model_inputs,
 )
+from bn_callbacks.layers.memory import memory_of, structure_of
 from bn_callbacks.layers.modes import (
     batch_mode,
     compute_loss,
@@ -69,6 +70,7 @@ __all__ = [
     "is_built",
     "is_stale",
     "iterations",
+    "memory_of",
     "pinned_in_graph",
     "read",
     "read_replicas",
@@ -80,6 +82,7 @@ __all__ = [
     "steps_made",
     "steps_per_execution",
     "strategy",
+    "structure_of",
     "takes_any_batch",
     "takes_training",
     "team_of",

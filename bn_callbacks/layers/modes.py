@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from keras.src.losses import loss as _loss
 
-from bn_callbacks.layers.find import BatchNormLayer, Moments
+from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction
 
 
 def runs_in_training_mode(
@@ -125,7 +125,7 @@ def _with_training(
 def batch_mode(
     model: keras.Model,
     layers: Sequence[BatchNormLayer],
-    moments: Callable[[BatchNormLayer], Moments],
+    moments: Callable[[BatchNormLayer], MomentsFunction],
     fused: Callable[[BatchNormLayer], Callable[..., Any]] | None = None,
 ) -> Iterator[None]:
     """Makes `layers` normalise with the statistics that `moments` returns.

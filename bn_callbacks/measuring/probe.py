@@ -7,7 +7,7 @@ import keras
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population
+from bn_callbacks.measuring.one_pass import Population
 from bn_callbacks.statistics.moments import Statistics, is_finite
 
 
