@@ -72,7 +72,7 @@ def audit(
         batches = Batches(
             x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
         )
-        has_loss = bool(model.compiled) and next(iter(batches))[1] is not None
+        has_loss = bool(model.compiled) and batches.peek()[1] is not None
         targets, *_ = split(model, found, batches)
         in_inference = Population(model, found, loss=has_loss)
         by_batch = Population(model, targets, loss=has_loss)

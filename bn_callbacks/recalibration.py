@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from bn_callbacks.auditing import report_on
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
+    Snapshot,
     assign,
     check_model,
     count_inputs,
@@ -39,16 +41,28 @@ from bn_callbacks.measuring.consistent import (
     known,
 )
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.one_pass import Population, Until
+from bn_callbacks.measuring.one_pass import Measurement, Population
+from bn_callbacks.measuring.precision import Precision
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.reach import split
-from bn_callbacks.report import RecalibrationReport
-from bn_callbacks.statistics.moments import Moments, Statistics
-from bn_callbacks.statistics.sampling import Blocks
+from bn_callbacks.measuring.sample import examples_in
+from bn_callbacks.report import BatchNormWarning, RecalibrationReport
+from bn_callbacks.statistics.moments import Statistics
 
-MIN_BATCHES = 16
-"""Batches that are read before `tolerance` may stop a pass."""
+BRIEF_TOLERANCE = 0.01
+"""Standard error that is enough for a validation in `fit`."""
+
+BRIEF_RESIDUAL = 0.002
+"""Residual that is small beside it."""
+
+BRIEF_SAMPLES, BRIEF_SHARE = 2048, 0.05
+"""Samples, and share of the data, that are enough for a validation in any case: more
+would take longer than a tenth of an epoch of 20,000 samples."""
+
+GROUPED = 3.0
+"""Design effect from which on batches are no random samples: these have 1 at most, and
+up to 2.5 by chance; grouped, sorted and padded ones 12 and more (docs/causes.md)."""
 
 
 def recalibrate(
@@ -186,6 +200,7 @@ class Recalibration:
         dropout: Whether dropout is active.
         layers: Which layers.
         validation_data: Data to hold the result against.
+        is_brief: Whether a part of the data is to be enough, as for a validation.
     """
 
     def __init__(
@@ -198,9 +213,11 @@ class Recalibration:
         dropout: bool = False,
         layers: LayerSelection = None,
         validation_data: Any = None,
+        is_brief: bool = False,
     ) -> None:
         self._model = model
-        self._tolerance = tolerance
+        self._is_brief = is_brief
+        self._tolerance = BRIEF_TOLERANCE if is_brief else tolerance
         self._refine: int | Literal["auto"] = (
             refine if refine == "auto" else int(refine)
         )
@@ -214,6 +231,10 @@ class Recalibration:
             self._population = Population(model, self._targets, dropout=dropout)
             if validation_data is not None:
                 self._validation = Probe(model, validation_data, self._targets)
+            first = batches.peek()
+            self._batch_size = max(1, examples_in(first))
+            # Whether the data fit the model shows here, before hours of training.
+            self._population.bytes_of_example(first)
         batches.mix()
         self._population.share(batches)
 
@@ -223,52 +244,43 @@ class Recalibration:
         if not self._team.is_chief:
             show = 0
         progress = Progress(bool(show), self._batches.length)
-        targets = self._targets
-        old = read(targets)
+        targets, old = self._targets, read(self._targets)
         solution = self._solve(old, progress)
-        reached = [not moments.is_empty for moments in solution.measured.moments]
+        measured = solution.measured
+        reached = [not moments.is_empty for moments in measured.moments]
         if not any(reached):
             raise ValueError(
                 "The data reach no BatchNormalization layer. Received: "
-                f"{solution.measured.batches} batches with nothing in them that "
-                "counts. Pass data that are not empty or masked throughout."
+                f"{measured.batches} batches with nothing in them that counts. Pass "
+                "data that are not empty or masked throughout."
             )
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled],
             [*old, *uncalled.values()],
-            [*filled(solution.measured.moments, old), *uncalled.values()],
+            [*filled(measured.moments, old), *uncalled.values()],
             self._model,
         )
         loss_before = loss_after = None
         if self._validation is not None:
             loss_before = self._validation.inference_loss(old)
-            loss_after = self._validation.inference_loss(solution.statistics)
+            solution, loss_after = self._better(solution, old, progress)
+        progress.end()
         residual = known(solution.residuals)
         is_nearer = residual is None or residual < max(RESIDUAL_LIMIT, before.max_lag)
         committed = is_nearer and not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
-            written = [i for i, is_reached in enumerate(reached) if is_reached]
-            try:
-                with self._team.agreed():
-                    assign(
-                        [targets[i] for i in written],
-                        [solution.statistics[i] for i in written],
-                    )
-            except BaseException:
-                restore(saved)
-                raise
+            self._write(saved, solution.statistics, reached)
         unreached = [
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
         ]
-        progress.end()
         report = RecalibrationReport(
             before=before,
             residual=residual,
-            samples=solution.measured.samples,
-            batches=solution.measured.batches,
+            samples=measured.samples,
+            batches=measured.batches,
             passes=progress.passes,
             committed=committed,
             loss_before=loss_before,
@@ -276,50 +288,95 @@ class Recalibration:
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
             residuals=(*solution.residuals, *[None] * len(uncalled)),
+            notes=self._notes(measured, residual, is_nearer),
             _undo=lambda: restore(saved),
         )
+        if not is_nearer:
+            warnings.warn(f"{report.notes[0]}", BatchNormWarning, stacklevel=3)
         if show:
             print(report)
         return report
 
     def _solve(self, old: list[Statistics], progress: Progress) -> Solution:
-        until = self._precise if self._tolerance is not None else None
-        if self._refine == "auto":
-            return consistent(
+        until = self._precision if self._tolerance is not None else None
+        if self._refine != "auto":
+            return by_passes(
                 self._population,
                 self._batches,
                 old,
+                self._refine,
                 until=until,
                 progress=progress,
             )
-        return by_passes(
+        return consistent(
             self._population,
             self._batches,
             old,
-            self._refine,
+            limit=BRIEF_RESIDUAL if self._is_brief else RESIDUAL_LIMIT,
             until=until,
             progress=progress,
         )
 
-    def _precise(self) -> Until:
-        """Makes a test for whether every layer's statistics are precise enough."""
-        tolerance = self._tolerance or 0.0
-        layers = [(bn.epsilon, Blocks()) for bn in self._targets]
-        count = due = 0
+    def _precision(self) -> Precision:
+        most = None
+        if self._is_brief:
+            share = math.ceil(BRIEF_SHARE * (self._batches.length or 0))
+            most = max(math.ceil(BRIEF_SAMPLES / self._batch_size), share)
+        return Precision(self._targets, self._tolerance or 0.0, most)
 
-        def is_precise(batch: list[Moments]) -> bool:
-            nonlocal count, due
-            count += 1
-            for (_, blocks), moments in zip(layers, batch, strict=True):
-                blocks.add(moments)
-            if count < max(due, MIN_BATCHES):
-                return False
-            # Rarely enough to cost little, often enough to waste few batches.
-            due = count + count // 8
-            errors = [blocks.standard_error(epsilon) for epsilon, blocks in layers]
-            return all(e is not None and e <= tolerance for e in errors)
+    def _better(
+        self, solution: Solution, old: list[Statistics], progress: Progress
+    ) -> tuple[Solution, float | None]:
+        """The better of consistent statistics and those of one pass, and its loss."""
+        assert self._validation is not None
+        loss = self._validation.inference_loss(solution.statistics)
+        if self._refine == "auto" and solution.measured.batches > 1:
+            by_batch = by_passes(
+                self._population,
+                self._batches.first(solution.measured.own_batches),
+                old,
+                refine=0,
+                progress=progress,
+            )
+            other = self._validation.inference_loss(by_batch.statistics)
+            if _is_worse(loss, other):
+                return by_batch, other
+        return solution, loss
 
-        return is_precise
+    def _write(
+        self, saved: Snapshot, statistics: list[Statistics], reached: list[bool]
+    ) -> None:
+        try:
+            with self._team.agreed():
+                assign(
+                    list(itertools.compress(self._targets, reached)),
+                    list(itertools.compress(statistics, reached)),
+                )
+        except BaseException:
+            restore(saved)
+            raise
+
+    def _notes(
+        self, measured: Measurement, residual: float | None, is_nearer: bool
+    ) -> tuple[str, ...]:
+        notes = []
+        if not is_nearer:
+            notes.append(
+                "Nothing was changed: the new statistics would not be nearer to what "
+                f"inference sees than the old ones. Received: a residual of "
+                f"{residual:.3g}. Pass more data; or pass `validation_data` to decide "
+                "by the loss."
+            )
+        if (measured.design_effect or 0.0) > GROUPED and self._validation is None:
+            notes.append(
+                "The batches are no random samples: their means differ as if each had "
+                f"{measured.design_effect:.3g} times fewer samples. Statistics of all "
+                "data together and statistics pooled batch by batch then differ, and "
+                "which of them serve better depends on the model. Pass "
+                "`validation_data`: both are tried, and the better are kept. Shuffled "
+                "batches in training would serve better than either."
+            )
+        return tuple(notes)
 
 
 def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> None:

@@ -245,7 +245,8 @@ class RecalibrationReport:
         batches: Batches read in one pass.
         passes: Passes over the data.
         committed: Whether the new statistics were written into the model; not
-            where `validation_data` showed that the old ones were better.
+            where `validation_data` showed that the old ones were better, nor where
+            the new ones would be no nearer to what inference sees.
         loss_before: Loss on `validation_data` with the old statistics.
         loss_after: Loss on `validation_data` with the new statistics.
         unreached: Paths of layers that the data never reached; they keep what
@@ -253,6 +254,7 @@ class RecalibrationReport:
         skipped: Paths of layers left alone, since `fit` would not update them.
         residuals: What `residual` is the largest of, for each of `before.layers`;
             `None` where no pass has measured it.
+        notes: What else there is to say of the data or the result.
     """
 
     before: BatchNormReport
@@ -266,6 +268,7 @@ class RecalibrationReport:
     unreached: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     residuals: tuple[float | None, ...] = ()
+    notes: tuple[str, ...] = ()
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
@@ -331,7 +334,7 @@ class RecalibrationReport:
         ):
             if paths:
                 text += f"; left alone, {reason}: {', '.join(paths)}"
-        return text + "."
+        return "\n".join([text + ".", *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         rows = [
@@ -339,7 +342,8 @@ class RecalibrationReport:
             for layer, left in self.before_and_after()
         ]
         table = _html_table(["layer", "lag before", "lag after"], rows)
-        return f"<p>{html.escape(str(self))}</p>{table}"
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in str(self).split("\n"))
+        return lines + table
 
 
 def severity(layer: LayerReport) -> float:

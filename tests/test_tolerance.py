@@ -12,7 +12,7 @@ import tensorflow as tf
 from models import compiled, dense, grouped, lag, normal, rng, single, stored, unchanged
 
 from bn_callbacks import RecalibrateBatchNorm, recalibrate, recalibrated
-from bn_callbacks.recalibration import MIN_BATCHES
+from bn_callbacks.measuring.precision import MIN_BATCHES
 
 SIZE = 256
 NOISE = 1.0

@@ -37,7 +37,11 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         x: Training data as `fit` takes them.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        tolerance: As in `recalibrate`.
+        tolerance: As in `recalibrate`; by default `"auto"`: for a validation and at an
+            epoch's end, a part of the data that is enough for a standard error of
+            0.01, and for a tenth of an epoch at most; when training ends, all data.
+            Arrays and `PyDataset`s are read in random order; datasets and generators
+            must be in no order, or a part of them is no sample of all.
         refine: As in `recalibrate`.
         dropout: As in `recalibrate`.
         layers: As in `recalibrate`.
@@ -46,7 +50,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
             averaged weights in. `"validation"`: for each validation too; after it
             the moving averages are put back and go on undisturbed. `"epoch_end"`: at
             each epoch's end, after validation, so that checkpoints hold the new
-            statistics.
+            statistics, and once more when training ends.
         verbose: 1 shows progress and results.
 
     Attributes:
@@ -77,7 +81,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         x: Any,
         batch_size: int | None = None,
         steps: int | None = None,
-        tolerance: float | None = None,
+        tolerance: float | Literal["auto"] | None = "auto",
         refine: int | Literal["auto"] = "auto",
         dropout: bool = False,
         layers: LayerSelection = None,
@@ -91,7 +95,8 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
                 "`when` must be 'train_end', 'validation' or 'epoch_end'. Received: "
                 f"when={shown(when)}."
             )
-        check_options(refine, tolerance, dropout, verbose)
+        is_auto = is_word(tolerance, "auto")
+        check_options(refine, None if is_auto else tolerance, dropout, verbose)
         check_whole("batch_size", batch_size)
         check_whole("steps", steps)
         self.x = x
@@ -114,7 +119,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         gather(self.model)
         self.report = None
         self._is_fitting = True
-        self._recalibration: Recalibration | None = None
+        self._recalibrations: dict[bool, Recalibration] = {}
         self._saved = None
         if is_built(self.model):
             # What is wrong with the arguments shows before hours of training.
@@ -126,7 +131,7 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting and self.when == "validation":
             self._saved = snapshot(find(self.model))
-            self._recalibrate()
+            self._recalibrate(is_brief=True)
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._saved is not None:
@@ -135,17 +140,20 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self.when == "epoch_end":
-            self._recalibrate()
+            self._recalibrate(is_brief=True)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
-        # Again at the end even for "epoch_end" if averaged weights have come in.
-        if self.when != "epoch_end" or uses_ema(self.model):
+        # The last epoch's end has done it, unless it was brief or averaged weights have
+        # come in since.
+        is_done = self.when == "epoch_end" and self.tolerance != "auto"
+        if not is_done or uses_ema(self.model):
             self._recalibrate()
-        self._recalibration = None
+        self._recalibrations = {}
 
-    def _prepare(self) -> Recalibration:
-        if self._recalibration is None:
+    def _prepare(self, is_brief: bool = False) -> Recalibration:
+        is_brief = is_brief and self.tolerance == "auto"
+        if is_brief not in self._recalibrations:
             if self._batches is None:
                 # Kept, since a generator can be read only once.
                 self._batches = Batches(
@@ -154,21 +162,22 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
                     steps=self.steps,
                     inputs=count_inputs(self.model),
                 )
-            self._recalibration = Recalibration(
+            self._recalibrations[is_brief] = Recalibration(
                 self.model,
                 self._batches,
-                tolerance=self.tolerance,
+                tolerance=None if self.tolerance == "auto" else self.tolerance,
                 refine=self.refine,
                 dropout=self.dropout,
                 layers=self.layers,
                 validation_data=self.validation_data,
+                is_brief=is_brief,
             )
-        return self._recalibration
+        return self._recalibrations[is_brief]
 
-    def _recalibrate(self) -> None:
+    def _recalibrate(self, is_brief: bool = False) -> None:
         if self.verbose:
             print("\nRecalibrating BatchNormalization")
-        self.report = self._prepare().run(self.verbose)
+        self.report = self._prepare(is_brief).run(self.verbose)
         writer = company(self.model).writer
         if writer is not None:
             writer.mark(self.report, iterations(self.model))

@@ -11,7 +11,8 @@ import keras
 import tensorflow as tf
 from keras.src.losses import loss as _loss
 
-from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction
+from bn_callbacks.layers.facts import pinned_in_graph
+from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction, nodes_of
 
 
 def runs_in_training_mode(
@@ -32,6 +33,8 @@ def runs_in_training_mode(
         as a frozen layer does not; or None if nothing calls it. For a layer asked
         for by its name, whether it does so when it is forced to.
     """
+    if _is_plain(model) and not pinned_in_graph(model):
+        return [bn.named or bn.trainable for bn in layers]
     asks: dict[BatchNormLayer, bool] = {}
 
     def observe(bn: BatchNormLayer) -> dict[str, Any]:
@@ -58,9 +61,35 @@ def runs_in_training_mode(
         with stateless(model):
             forward(model, x, training=True)
 
-    with _attributes({bn.layer: observe(bn) for bn in layers}):
+    with _replacing, _attributes({bn.layer: observe(bn) for bn in layers}):
         symbolic.get_concrete_function(inputs)
     return [asks.get(bn) for bn in layers]
+
+
+def _is_plain(layer: keras.layers.Layer) -> bool:
+    """Whether a layer surely runs all BN layers in it, with the `training` it gets.
+
+    Keras' own layers and graphs of them do. Of others only a trace can tell.
+    """
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return type(layer).call is keras.layers.BatchNormalization.call
+    children = layer._layers
+    if not children:
+        return True
+    if type(layer) is keras.Sequential:
+        called = layer.layers
+    elif hasattr(layer, "_nodes_by_depth") and type(layer).__module__ == _FUNCTIONAL:
+        called = [node.operation for node in nodes_of(layer)]
+    else:
+        return False
+    called = {id(each) for each in called}
+    ours = (
+        child for child in children if not isinstance(child, keras.layers.InputLayer)
+    )
+    return all(id(child) in called and _is_plain(child) for child in ours)
+
+
+_FUNCTIONAL = "keras.src.models.functional"
 
 
 def forward(model: keras.Model, inputs: Any, training: bool) -> Any:
@@ -184,22 +213,23 @@ def batch_mode(
 
         return inner_loop
 
-    changes: dict[keras.layers.Layer, dict[str, Any]] = {}
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            changes[layer] = {"call": pinned(layer)}
-        elif isinstance(layer, keras.layers.RNN) and not layer.unroll:
-            changes[layer] = {"inner_loop": loop(layer)}
-    for bn in layers:
-        changes[bn.layer] = {
-            "call": call(bn),
-            "_moments": moments(bn),
-            "_trainable": True,
-        }
-        if bn.renorm:
-            changes[bn.layer]["renorm"] = False
-    with _attributes(changes):
-        yield
+    with _replacing:
+        changes: dict[keras.layers.Layer, dict[str, Any]] = {}
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                changes[layer] = {"call": pinned(layer)}
+            elif isinstance(layer, keras.layers.RNN) and not layer.unroll:
+                changes[layer] = {"inner_loop": loop(layer)}
+        for bn in layers:
+            changes[bn.layer] = {
+                "call": call(bn),
+                "_moments": moments(bn),
+                "_trainable": True,
+            }
+            if bn.renorm:
+                changes[bn.layer]["renorm"] = False
+        with _attributes(changes):
+            yield
 
 
 _replacing = threading.RLock()

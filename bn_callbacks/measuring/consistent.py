@@ -157,19 +157,23 @@ class _Model:
         self._old = old
         self._most = SHORT_SAMPLE if is_short else math.inf
         self._seen: list[Moments] = []
+        self._batches, self._examples = batches, 16 * JOINED
         self.sample = Sample(batches, self._size)
         self._batch = self.sample.batch()
 
     def _size(self, first: Batch) -> int:
         if not self.is_fair:
             return 0
+        if self._batches.length is not None:
+            self._examples = self._batches.length * examples_in(first)
         memory = self._population.bytes_of_example(first)
         return int(min(sample_size(memory, examples_in(first)), self._most))
 
     @property
     def joined(self) -> int:
         """Examples that may be run together where statistics are given."""
-        return min(self.sample.size, JOINED)
+        # At least some 16 of them, to see how they differ.
+        return min(self.sample.size, JOINED, self._examples // 16)
 
     def solve(self, last: Solution | None = None) -> list[Statistics] | None:
         """The statistics of the sample, and what they lacked in the last pass.
@@ -234,7 +238,7 @@ def _read(
 
 def by_passes(
     population: Population,
-    batches: Batches,
+    batches: Batches | First,
     old: Sequence[Statistics],
     refine: int,
     *,

@@ -59,6 +59,7 @@ class Batches:
         self.steps = None if steps is None else min(int(steps), sys.maxsize)
         self._part, self._parts = 0, 1
         self._order: Sequence[int] | None = None
+        self._first: Batch | None = None
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
@@ -108,6 +109,12 @@ class Batches:
         """Whether the first batches are a sample of all."""
         return self._order is not None
 
+    def peek(self) -> Batch:
+        """The first batch, read once however often it is looked at."""
+        if self._first is None:
+            self._first = next(iter(self))
+        return self._first
+
     def sample(self, size: int) -> Batch | None:
         """So many examples of arrays, spread over all; None for other data."""
         if not isinstance(self._source, _Arrays):
@@ -155,7 +162,7 @@ class Batches:
 
     def checksum(self) -> float:
         """A number that almost surely tells other data, by their first batch."""
-        first = [leaf for leaf in tf.nest.flatten(next(iter(self))) if leaf is not None]
+        first = [leaf for leaf in tf.nest.flatten(self.peek()) if leaf is not None]
         parts = [np.asarray(leaf).tobytes() for leaf in first]
         return float(zlib.crc32(b"".join(parts)))
 

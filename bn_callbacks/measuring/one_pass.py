@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import keras
@@ -22,6 +22,7 @@ from bn_callbacks.measuring.data import Batch, Batches, First, fits
 from bn_callbacks.measuring.sample import Joined, Sample, examples_in
 from bn_callbacks.measuring.traced import Mix, Traced
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
+from bn_callbacks.statistics.sampling import design_effect
 
 Until: TypeAlias = Callable[[list[Moments]], bool]
 """Gets the moments of each batch; ends the pass by returning True."""
@@ -50,6 +51,9 @@ class Measurement:
         batches: Number of batches read, by all workers.
         samples: Number of samples read.
         own_batches: Number of batches that this worker has read.
+        design_effect: How much more the means of batches differ at the first layer
+            than those of random samples would: 1 at most, but for chance, for these;
+            None where that is not known. Of this worker's batches.
     """
 
     moments: list[Moments]
@@ -57,11 +61,7 @@ class Measurement:
     batches: int
     samples: int
     own_batches: int
-
-    @property
-    def statistics(self) -> list[Statistics]:
-        """Mean and variance of each layer's input."""
-        return [moments.statistics for moments in self.moments]
+    design_effect: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +206,7 @@ class Population:
         is_enough = until() if until is not None else None
         pooled = [Moments.empty(bn.channels) for bn in self.layers]
         losses = np.zeros(2)
+        entry_means: list[Moments] = []
         source = iter(batches)
         count = samples = 0
 
@@ -225,6 +226,7 @@ class Population:
                     old.merge(part) for old, part in zip(pooled, new, strict=True)
                 ]
                 losses = losses + one.losses.sum(axis=0)
+                entry_means.append(_entry_means(traced, one))
                 if is_enough is not None and is_enough(new):
                     return True
             return False
@@ -256,7 +258,13 @@ class Population:
                     break
         read = batches.read(count)
         rows = self.team.gather(_flat([read, samples, *losses], pooled))
-        return _measurement(rows, self.layers, read)
+        result = _measurement(rows, self.layers, read)
+        if self._entry is None or not count:
+            return result
+        design = design_effect(
+            pool(entry_means), pooled[self._entry], samples / max(count, 1)
+        )
+        return replace(result, design_effect=design)
 
     def run(self, batch: Batch, mix: Mix) -> list[Moments]:
         """The moments of one batch, on the first replica of the chief, for all workers.
@@ -274,12 +282,14 @@ class Population:
         return _measurement(chief, self.layers, 1).moments
 
     def bytes_of_example(self, batch: Batch) -> float:
-        """Memory that an example more in a batch takes at most."""
-        with self._traced() as traced:
-            if not traced.is_traced:
-                mix = self._tensor(Mix.of_batch(self.channels))
-                traced.trace([batch] * self.team.replicas, mix)
-            return traced.bytes_of_example(batch)
+        """Memory that an example more in a batch takes, which makes sure of a trace.
+
+        Raises:
+            ValueError: The batch does not fit the model.
+        """
+        with self._traced() as traced, fits(self._model.name, batch[0], 0):
+            mix = self._tensor(Mix.of_batch(self.channels))
+            return traced.bytes_of_example(batch, mix)
 
     @staticmethod
     def _tensor(mix: Mix) -> Any:
@@ -303,8 +313,7 @@ class Population:
             yield traced
         finally:
             self._entry = traced.entry
-            if traced.is_traced:
-                memory[key] = traced
+            memory[key] = traced
 
     def _moments(
         self, traced: Traced, results: _Results, is_fixed: bool
@@ -370,6 +379,16 @@ def _fetch(
     )
     late = {layer: parts[: len(numbers)] for layer, parts in traced.take_late().items()}
     return _Results(numbers, counts, means, variances, losses, late)
+
+
+def _entry_means(traced: Traced, results: _Results) -> Moments:
+    """Moments of the means of batches at the layer that no statistics reach."""
+    if traced.entry is None:
+        return Moments.empty(0)
+    end, counts = traced.layers[traced.entry].channels, traced.entries[0].counts
+    used = np.broadcast_to(results.counts[:, :counts] > 0, (len(results.numbers), end))
+    means = results.means[:, :end]
+    return pool_batches(used.astype(np.float64), means, np.zeros_like(means))
 
 
 def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float64]:

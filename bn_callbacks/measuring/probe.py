@@ -33,7 +33,7 @@ class Probe:
         self._data = data
         self._inputs = count_inputs(model)
         self._batches = Batches(data, inputs=self._inputs)
-        has_targets = next(iter(self._batches))[1] is not None
+        has_targets = self._batches.peek()[1] is not None
         if not (model.compiled and has_targets):
             raise ValueError(
                 "Measuring a loss needs data with targets and a compiled model. "

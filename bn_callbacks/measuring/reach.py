@@ -10,7 +10,7 @@ def split(
     model: keras.Model, found: list[BatchNormLayer], batches: Batches
 ) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
     """The layers that training updates, those it does not, and those never called."""
-    first = next(iter(batches))
+    first = batches.peek()
     with fits(model.name, first[0], 0):
         asks = runs_in_training_mode(model, found, open_specs(first[0]))
     kinds = (True, False, None)

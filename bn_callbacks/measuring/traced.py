@@ -107,6 +107,18 @@ class Entry(NamedTuple):
     counts: int
 
 
+class _Made(NamedTuple):
+    """A function traced for batches of one form."""
+
+    structure: Any
+    function: Any
+    graph: Any
+
+
+FORMS = 4
+"""Forms of batches whose functions are kept."""
+
+
 class _Trace(threading.local):
     """What is being traced for one replica; replicas are traced in threads."""
 
@@ -160,10 +172,9 @@ class Traced:
             _Input(bn, index, team.replicas, start, is_fast)
             for index, (bn, start) in enumerate(zip(layers, ends, strict=False))
         ]
-        self._structure: Any = ()
         self._begins = True
-        self._function: Any = None
-        self._graph: Any = None
+        self._made: dict[str, _Made] = {}
+        self._now: Any = None
 
     def __call__(self, group: Sequence[Batch], mix: Any, count: int) -> tuple[Any, ...]:
         """Runs a batch on each replica.
@@ -181,27 +192,22 @@ class Traced:
         # A replica for which no batch is left works on an example, for nothing.
         idle = self._team.replicas - len(used)
         used += [tf.nest.map_structure(_one_example, used[0]) for _ in range(idle)]
-        if self._begins and self._structure != _structure(used[0]):
-            self.trace(used, mix)
-        self._begins = False
+        if self._begins:
+            self._trace(used, mix)
+            self._begins = False
         for batch in used:
-            tf.nest.assert_same_structure(self._structure, batch)
+            tf.nest.assert_same_structure(self._now.structure, batch)
         tensors = tf.nest.flatten(used)
-        result: tuple[Any, ...] = self._function(mix, self._salt(count), *tensors)
+        result: tuple[Any, ...] = self._now.function(mix, self._salt(count), *tensors)
         return result
 
     def begin(self) -> None:
         """Forgets what a pass before, maybe interrupted, has left.
 
-        The next batch may be of another structure, those behind it may not.
+        The next batch may be of another form, those behind it have its structure.
         """
         self.take_late()
         self._begins = True
-
-    @property
-    def is_traced(self) -> bool:
-        """Whether the function has been traced."""
-        return self._graph is not None
 
     @property
     def entry(self) -> int | None:
@@ -213,14 +219,22 @@ class Traced:
         calls = sum(entry.layer == first for entry in self.entries)
         return first if calls == 1 and first not in self.late else None
 
-    def trace(self, group: Sequence[Batch], mix: Any) -> None:
-        """Traces the function for such batches, one for each replica."""
-        used = self._used(group)
-        self._structure = _structure(used[0])
-        self._function = self._traced()
-        specs = open_specs(tf.nest.flatten(used))
-        concrete = self._function.get_concrete_function(mix, self._salt(0), *specs)
-        self._graph = concrete.graph
+    def _trace(self, used: Sequence[Any], mix: Any) -> None:
+        """Traces the function for batches of a form that it has not had yet."""
+        specs = open_specs(used)
+        form = repr(specs)
+        if form not in self._made:
+            # A function of its own: to one function's second form TensorFlow would
+            # open the sizes that differ, and the model could not check them.
+            structure = tf.nest.map_structure(lambda _: None, used[0])
+            function = self._traced(structure)
+            concrete = function.get_concrete_function(
+                mix, self._salt(0), *tf.nest.flatten(specs)
+            )
+            self._made[form] = _Made(structure, function, concrete.graph)
+            while len(self._made) > FORMS:
+                del self._made[next(iter(self._made))]
+        self._now = self._made[form]
 
     def _used(self, group: Sequence[Batch]) -> list[Any]:
         # Few and flat arguments: their nesting costs more than a small model.
@@ -230,15 +244,16 @@ class Traced:
         # Dropout draws anew for each batch, and the same in each pass.
         return tf.constant(count + 1) if self._dropout else None
 
-    def bytes_of_example(self, batch: Batch) -> float:
-        """Memory that one example more in a batch takes at its widest, once traced."""
-        return bytes_of_example(self._graph, tf.nest.flatten(batch[0]))
+    def bytes_of_example(self, batch: Batch, mix: Any) -> float:
+        """Memory that one example more in a batch takes at its widest."""
+        self._trace(self._used([batch] * self._team.replicas), mix)
+        return bytes_of_example(self._now.graph, tf.nest.flatten(batch[0]))
 
     def take_late(self) -> dict[int, list[Moments]]:
         """What was seen inside loops and branches since the last call, by replica."""
         return {index: self._inputs[index].take_late() for index in self.late}
 
-    def _traced(self) -> Any:
+    def _traced(self, structure: Any) -> Any:
         trace = _Trace()
 
         inputs = dict(zip(self.layers, self._inputs, strict=True))
@@ -278,7 +293,7 @@ class Traced:
         def traced(mix: Any, salt: Any, *tensors: Any) -> Any:
             size = len(tensors) // self._team.replicas
             batches = [
-                tf.nest.pack_sequence_as(self._structure, tensors[start : start + size])
+                tf.nest.pack_sequence_as(structure, tensors[start : start + size])
                 for start in range(0, len(tensors), size)
             ]
             with batch_mode(self._model, self.layers, moments, whole):
@@ -444,10 +459,6 @@ def _moments(x: Any, mask: Any, axis: int, is_fast: bool) -> Seen:
     square = tf.cast(flat(mean_of(tf.square(deviation))), tf.float64)
     exact = tf.cast(flat(mean), tf.float64) + rest
     return counts, exact, tf.maximum(square - tf.square(rest), 0.0)
-
-
-def _structure(batch: Any) -> Any:
-    return tf.nest.map_structure(lambda _: None, batch)
 
 
 def _one_example(leaf: Any) -> Any:

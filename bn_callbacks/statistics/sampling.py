@@ -13,6 +13,35 @@ MIN_BLOCKS = 8
 """Fewer blocks say nothing reliable about their scatter."""
 
 
+def design_effect(means: Moments, whole: Moments, size: float) -> float | None:
+    """How much more the means of batches differ than those of random samples would.
+
+    Means of `size` examples drawn at random have the variance `τ²/size`, where `τ²`,
+    the variance of an example's own mean, is `σ²` at most. The ratio of what they have
+    to `σ²/size`, averaged over the channels, is therefore at most 1, but for chance.
+
+    Args:
+        means: Moments of the batches' means, each counted once.
+        whole: Moments of all values.
+        size: Examples in a batch.
+
+    Returns:
+        The design effect; None with fewer than 8 batches.
+
+    Examples:
+        >>> import numpy as np
+        >>> batches = np.random.default_rng(0).normal(size=(1000, 32, 3))
+        >>> means = Moments.from_values(batches.mean(axis=1))
+        >>> 0.8 < design_effect(means, Moments.from_values(batches), 32) < 1.2
+        True
+    """
+    varies = (whole.count > 0) & (whole.variance > 0)
+    if means.count.max(initial=0) < MIN_BLOCKS or not varies.any():
+        return None
+    between = means.m2[varies] / (means.count[varies] - 1)
+    return float(size * np.mean(between / whole.variance[varies]))
+
+
 class Blocks:
     """Moments of successive blocks of data, for the standard error of the whole.
 
