@@ -60,6 +60,9 @@ BRIEF_SAMPLES, BRIEF_SHARE = 2048, 0.05
 """Samples, and share of the data, that are enough for a validation in any case: more
 would take longer than a tenth of an epoch of 20,000 samples."""
 
+SHORT_SAMPLE = 512
+"""Samples that tell where to begin if `tolerance` may soon be reached."""
+
 GROUPED = 3.0
 """Design effect from which on batches are no random samples: these have 1 at most, and
 up to 2.5 by chance; grouped, sorted and padded ones 12 and more (docs/causes.md)."""
@@ -314,8 +317,16 @@ class Recalibration:
             old,
             limit=BRIEF_RESIDUAL if self._is_brief else RESIDUAL_LIMIT,
             until=until,
+            most=self._most,
             progress=progress,
         )
+
+    @property
+    def _most(self) -> int | None:
+        """Examples of the sample, where a part of the data may be enough."""
+        if self._is_brief:
+            return BRIEF_SAMPLES
+        return None if self._tolerance is None else SHORT_SAMPLE
 
     def _precision(self) -> Precision:
         most = None

@@ -272,7 +272,8 @@ def test_verbose_tells_of_each_recalibration(capsys):
     callback = RecalibrateBatchNorm(X, when="epoch_end", verbose=1)
     fit(make_model(), callback, epochs=2)
     out = capsys.readouterr().out
-    assert out.count("Recalibrating BatchNormalization\n") == 2
+    # At each epoch's end, and with all data when training ends.
+    assert out.count("Recalibrating BatchNormalization\n") == 3
     assert str(callback.report) in out
 
 

@@ -45,9 +45,6 @@ from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 RESIDUAL_LIMIT = 1e-3
 """Lag in inference mode at which the fixed point is taken to hold."""
 
-SHORT_SAMPLE = 512
-"""Examples in a sample where a part of the data may be enough."""
-
 EXTRA_PASSES = 10
 """Passes beyond the number of layers, at most."""
 
@@ -80,6 +77,7 @@ def consistent(
     *,
     limit: float = RESIDUAL_LIMIT,
     until: Callable[[], Until] | None = None,
+    most: int | None = None,
     progress: Progress,
 ) -> Solution:
     """Finds the statistics that inference sees.
@@ -90,6 +88,8 @@ def consistent(
         old: What the layers store, for those that the data do not reach.
         limit: Residual that is small enough.
         until: Ends the first pass early; the others read as much.
+        most: Examples in the sample at most, which is then the beginning of the data;
+            None for as many as memory allows, from all data.
         progress: Shows the passes.
 
     Returns:
@@ -99,7 +99,7 @@ def consistent(
         ValueError: Something in the data is not finite, whatever the statistics.
     """
     layers = population.layers
-    model = _Model(population, batches, old, is_short=until is not None)
+    model = _Model(population, batches, old, most)
     source: Batches | First | Sample = model.sample
     given = model.solve()
     if given is None:
@@ -150,15 +150,15 @@ class _Model:
         population: Population,
         batches: Batches,
         old: Sequence[Statistics],
-        is_short: bool,
+        most: int | None,
     ) -> None:
         self.is_fair = population.takes_any_batch
         self._population = population
         self._old = old
-        self._most = SHORT_SAMPLE if is_short else math.inf
+        self._most = math.inf if most is None else most
         self._seen: list[Moments] = []
         self._batches, self._examples = batches, 16 * JOINED
-        self.sample = Sample(batches, self._size)
+        self.sample = Sample(batches, self._size, from_all=most is None)
         self._batch = self.sample.batch()
 
     def _size(self, first: Batch) -> int:

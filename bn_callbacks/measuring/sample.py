@@ -56,14 +56,17 @@ class Sample:
     Args:
         batches: The data.
         size_for: Tells from the first batch how many examples are wanted.
+        from_all: Whether to draw from all examples where that can be done at once.
     """
 
-    def __init__(self, batches: Batches, size_for: Callable[[Batch], int]) -> None:
+    def __init__(
+        self, batches: Batches, size_for: Callable[[Batch], int], *, from_all: bool
+    ) -> None:
         self._batches = batches
         self._rest = iter(batches)
         first = next(self._rest)
         self.size = size_for(first)
-        self._own = batches.sample(self.size)
+        self._own = batches.sample(self.size) if from_all else None
         self._reservoir = Reservoir(self.size)
         self._begun = [first]
         self._is_settled = False
