@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from bn_callbacks.cli.models import load
+from bn_callbacks.cli.patching import SavedStatistics
 from bn_callbacks.cli.sources import open_data
 from bn_callbacks.cli.writing import replacing
 from bn_callbacks.layers import count_inputs
@@ -19,12 +20,18 @@ from bn_callbacks.report import RecalibrationReport, plain
 
 def run(options: argparse.Namespace) -> int:
     """Recalibrates and saves; returns 1 if the old statistics were better."""
-    model = load(options.model, options.custom_objects, is_trusted=options.unsafe)
+
+    def load_again(path: Path) -> keras.Model:
+        return load(path, options.custom_objects, is_trusted=options.unsafe)
+
+    source = Path(options.model)
+    model = load_again(source)
+    saved = SavedStatistics(source, model, load_again)
     report, _ = recalibrate(model, options)
-    path = Path(options.model if options.in_place else options.output)
+    path = source if options.in_place else Path(options.output)
     if report.committed:
         with replacing(path) as new:
-            model.save(new)
+            saved.write(new)
     say_result(report, options, f"Saved {path}.", {"output": str(path)})
     return 0 if report.committed else 1
 
