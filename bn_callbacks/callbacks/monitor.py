@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from bn_callbacks.arguments import (
     check_verbose,
     is_positive,
@@ -16,14 +14,14 @@ from bn_callbacks.arguments import (
     shown,
 )
 from bn_callbacks.budget import Budget
-from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.callbacks.base import BatchNormCallback, say_nothing_to_do
+from bn_callbacks.callbacks.company import company
 from bn_callbacks.clues import find_clues
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
     Fingerprint,
     LayerSelection,
-    check_model,
     find,
     is_built,
     iterations,
@@ -52,7 +50,7 @@ WRITING_COST = 2e-3
 """Seconds that writing takes for each layer: a guess, until it has been timed."""
 
 
-class BatchNormMonitor(keras.callbacks.Callback):
+class BatchNormMonitor(BatchNormCallback):
     """Watches the moving statistics of BN layers and warns when they lag.
 
     Recovers the statistics of the batches from the moving averages themselves: two
@@ -156,7 +154,6 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`max_charts` must be a number of layers, 0 or more. Received: "
                 f"max_charts={shown(max_charts)}."
             )
-        self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
         self.threshold = threshold
@@ -166,13 +163,10 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self.verbose = verbose
         self.max_charts = max_charts
         self.report: BatchNormReport | None = None
-        self._is_fitting = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        check_model(self.model)
-        gather(self.model)
+        super().on_train_begin(logs)
         self.report = None
-        self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
         self._gap: float | None = None
@@ -271,7 +265,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._is_fitting = False
+        super().on_train_end(logs)
         if self._windows is None or self.report is None:
             self._close()
             return
@@ -295,10 +289,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._findings = Findings(self.threshold)
         if not layers:
             self.report = BatchNormReport()
-            print(
-                f"BatchNormMonitor: model {self.model.name!r} has no "
-                "BatchNormalization layer; there is nothing to watch."
-            )
+            say_nothing_to_do(self, "watch")
             return
         if self.probe is not None:
             unfrozen = [bn for bn in layers if bn.trainable]

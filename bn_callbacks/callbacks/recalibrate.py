@@ -5,25 +5,26 @@ from typing import Any, Literal
 import keras
 
 from bn_callbacks.arguments import check_whole, is_word, shown
-from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.callbacks.base import BatchNormCallback, say_nothing_to_do
+from bn_callbacks.callbacks.company import company
 from bn_callbacks.layers import (
     LayerSelection,
-    Snapshot,
-    check_model,
     count_inputs,
     find,
+    give_back,
     is_built,
     iterations,
-    restore,
-    snapshot,
+    leave_evaluations,
+    lend,
     uses_ema,
+    watch_evaluations,
 )
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.recalibration import Recalibration, check_options
 from bn_callbacks.report import RecalibrationReport
 
 
-class RecalibrateBatchNorm(keras.callbacks.Callback):
+class RecalibrateBatchNorm(BatchNormCallback):
     """Recalibrates a model's BN statistics in `fit`, for export or validation.
 
     See `recalibrate` for what is done. Unfrozen BN layers train on the statistics of
@@ -105,47 +106,58 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         self.when = when
         self.verbose = verbose
         self.report: RecalibrationReport | None = None
-        self._is_fitting = False
         self._batches: Batches | None = None
-        self._saved: Snapshot | None = None
+        self._recalibration: Recalibration | None = None
+        self._has_nothing_to_do = False
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        # A loop of the user's own may have ended without `on_test_end`.
+        give_back(model, is_late=True)
+        leave_evaluations(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        check_model(self.model)
-        gather(self.model)
+        super().on_train_begin(logs)
         self.report = None
-        self._is_fitting = True
-        self._recalibration: Recalibration | None = None
-        self._saved = None
+        self._recalibration = None
+        self._has_nothing_to_do = False
         if is_built(self.model):
             # What is wrong with the arguments shows before hours of training.
             self._prepare()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         company(self.model).recalibrates = True
+        if self.when == "validation":
+            watch_evaluations(self.model)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting and self.when == "validation":
-            self._saved = snapshot(find(self.model))
-            self._recalibrate()
+            with lend(self.model):
+                self._recalibrate()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._saved is not None:
-            restore(self._saved)
-            self._saved = None
+        if self._is_fitting:
+            give_back(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self.when == "epoch_end":
             self._recalibrate()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._is_fitting = False
+        super().on_train_end(logs)
+        leave_evaluations(self.model)
         # Again at the end even for "epoch_end" if averaged weights have come in.
         if self.when != "epoch_end" or uses_ema(self.model):
             self._recalibrate()
         self._recalibration = None
 
-    def _prepare(self) -> Recalibration:
-        if self._recalibration is None:
+    def _prepare(self) -> Recalibration | None:
+        """The recalibration; None for a model without BN layers."""
+        if self._recalibration is None and not self._has_nothing_to_do:
+            if not find(self.model):
+                self._has_nothing_to_do = True
+                say_nothing_to_do(self, "recalibrate")
+                return None
             if self._batches is None:
                 # Kept, since a generator can be read only once.
                 self._batches = Batches(
@@ -166,9 +178,12 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         return self._recalibration
 
     def _recalibrate(self) -> None:
+        recalibration = self._prepare()
+        if recalibration is None:
+            return
         if self.verbose:
             print("\nRecalibrating BatchNormalization")
-        self.report = self._prepare().run(self.verbose)
+        self.report = recalibration.run(self.verbose)
         writer = company(self.model).writer
         if writer is not None:
             writer.mark(self.report, iterations(self.model))

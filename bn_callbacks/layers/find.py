@@ -165,7 +165,13 @@ class BatchNormLayer:
 
 
 def check_model(model: Any) -> None:
-    """Raises a clear error for anything but a built Keras 3 model on TensorFlow."""
+    """Raises a clear error for a model that this library cannot work on."""
+    check_keras(model)
+    _check_distribution(model)
+
+
+def check_keras(model: Any) -> None:
+    """Raises a clear error for anything but a Keras 3 model on TensorFlow."""
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
             "bn_callbacks works on Keras' TensorFlow backend only. Received: "
@@ -183,7 +189,6 @@ def check_model(model: Any) -> None:
                 "with `keras` instead of `tf_keras`."
             )
         raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
-    _check_distribution(model)
 
 
 def _check_distribution(model: keras.Model) -> None:
