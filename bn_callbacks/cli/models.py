@@ -102,10 +102,31 @@ def _reason(error: Exception) -> str:
             "defines it: --custom-objects MODULE."
         )
     if _UNSAFE.search(text):
-        return (
-            "holds Python code (a Lambda layer), which safe mode does not run. If you "
-            "trust where the file comes from, pass --unsafe."
-        )
+        return _refused(text)
     if isinstance(error, _DAMAGED):
         return f"is damaged: {text_of(error)}. Copy or save it again."
     return f"cannot be loaded. Keras says: {text_of(error)}."
+
+
+def _refused(text: str) -> str:
+    """What safe mode has refused, and what to do that does not switch it off."""
+    if "TFSMLayer" in text:
+        return (
+            "holds a TFSMLayer, which runs a SavedModel that lies outside the file and "
+            "whose layers cannot be told apart. Pass the .keras file that the "
+            "SavedModel was exported from."
+        )
+    if "vocabulary" in text.lower():
+        return (
+            "wants to read a vocabulary file that lies outside of it, which may be any "
+            "file of this machine. Build the layer with the list of words in place of "
+            "the name of a file, and save the model again."
+        )
+    if "lambda" in text.lower():
+        return (
+            "holds Python code (a Lambda layer), which safe mode does not run. Write "
+            "it as a layer of your own and pass its module: --custom-objects MODULE. "
+            "Only if you have made the file yourself, pass --unsafe."
+        )
+    said = " ".join(re.split(r"If you trust", text)[0].split())
+    return f"holds what Keras' safe mode refuses to load. Keras says: {said}"

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import math
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.writing import temporary_folder
 from bn_callbacks.layers import find
 
 WEIGHTS = "model.weights.h5"
@@ -56,10 +56,10 @@ class SavedStatistics:
         """
         new = _values(self._model)
         changed = [i for i, old in enumerate(self._old) if not _is_same(old, new[i])]
-        with tempfile.TemporaryDirectory(prefix="bn-callbacks-") as folder:
-            weights = Path(folder, "weights.h5")
+        with temporary_folder() as folder:
+            weights = folder / "weights.h5"
             _extract(self._source, weights)
-            places = self._find(changed, Path(folder))
+            places = self._find(changed, folder)
             _patch(weights, {places[i]: new[i] for i in changed})
             _copy_archive(self._source, path, weights)
         self._verify(path, new)

@@ -14,6 +14,7 @@ from bn_callbacks.cli.sources import open_data
 from bn_callbacks.cli.writing import replacing
 from bn_callbacks.layers import count_inputs
 from bn_callbacks.measuring.data import Batches
+from bn_callbacks.names import printable
 from bn_callbacks.recalibration import Recalibration
 from bn_callbacks.report import RecalibrationReport, plain
 
@@ -30,9 +31,9 @@ def run(options: argparse.Namespace) -> int:
     report, _ = recalibrate(model, options)
     path = source if options.in_place else Path(options.output)
     if report.committed:
-        with replacing(path) as new:
+        with replacing(path, options.written) as new:
             saved.write(new)
-    say_result(report, options, f"Saved {path}.", {"output": str(path)})
+    say_result(report, options, f"Saved {printable(str(path))}.", {"output": str(path)})
     return 0 if report.committed else 1
 
 
@@ -59,7 +60,8 @@ def recalibrate(
     # Keras' progress bar is for terminals only: elsewhere it writes endless lines.
     shows_bar = sys.stdout.isatty() and not options.json
     if not options.json and not shows_bar:
-        print(f"Recalibrating {options.model} with {options.data}", flush=True)
+        names = f"{options.model} with {options.data}"
+        print(f"Recalibrating {printable(names)}", flush=True)
     report = recalibration.run(1 if shows_bar else 0)
     if not options.json:
         before = f"Before:\n\n{report.before}\n"

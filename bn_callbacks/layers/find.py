@@ -13,6 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.arguments import shown
+from bn_callbacks.names import printable
 from bn_callbacks.statistics.moments import Statistics
 
 LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -249,7 +250,7 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
     if not model.built or (everywhere and not found):
         unbuilt = [layer.name for layer in everywhere if layer not in found]
         raise ValueError(
-            f"The model is not built: {_some(unbuilt) or model.name} has no "
+            f"The model is not built: {printable(_some(unbuilt) or model.name)} has no "
             f"statistics yet. Received: model={model.name!r}. Call the model on a "
             "batch of data, or train it, first."
         )
@@ -262,6 +263,8 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
         # Keras before 3.3 gives paths to variables only.
         path = getattr(layer, "path", None)
         path = path or layer.moving_mean.path.rpartition("/")[0] or layer.name
+        # A name may come from a stranger's file, and ends in tables and messages.
+        path = printable(path)
         seen[path] += 1
         if seen[path] > 1:
             path = f"{path}#{seen[path]}"
