@@ -163,9 +163,13 @@ class BatchNormMonitor(BatchNormCallback):
         self.verbose = verbose
         self.max_charts = max_charts
         self.report: BatchNormReport | None = None
+        self._writer: ReportWriter | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
+        # That of a `fit` which an exception has ended.
+        self._close()
+        self._writer = None
         self.report = None
         self._windows: Windows | None = None
         self._probe: Probe | None = None
@@ -178,9 +182,10 @@ class BatchNormMonitor(BatchNormCallback):
         self._read_at: int | None = None
         self._written_at = 0
         self._is_chief = team_of(self.model).is_chief
-        self._writer: ReportWriter | None = None
-        if self.log_dir and self._is_chief:
-            self._writer = self._make_writer(self.log_dir)
+        if self.log_dir:
+            with team_of(self.model).agreed():
+                if self._is_chief:
+                    self._writer = self._make_writer(self.log_dir)
         if is_built(self.model):
             self._start()
 
@@ -188,9 +193,11 @@ class BatchNormMonitor(BatchNormCallback):
         # Loads dozens of modules, which who writes nothing does not need.
         from bn_callbacks.tensorboard import ReportWriter
 
-        return ReportWriter(
+        writer = ReportWriter(
             log_dir, int(self.max_charts), self.threshold, iterations(self.model)
         )
+        writer.check_directory()
+        return writer
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._first_epoch is None:
