@@ -1,11 +1,14 @@
 """What the callbacks have in common: whose `fit` it is, and when it has ended."""
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
 from bn_callbacks.callbacks.company import gather
 from bn_callbacks.layers import check_keras, check_model
+from bn_callbacks.report import BatchNormReport, BatchNormWarning
 
 
 class BatchNormCallback(keras.callbacks.Callback):
@@ -41,4 +44,18 @@ def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:
     print(
         f"{type(callback).__name__}: model {callback.model.name!r} has no "
         f"BatchNormalization layer; there is nothing to {verb}."
+    )
+
+
+def warn_of_unknown(report: BatchNormReport, params: Mapping[str, Any] | None) -> None:
+    """Says why nothing is known of layers that are not known to be healthy."""
+    steps = (params or {}).get("steps")
+    warnings.warn(
+        f"Nothing could be measured of {len(report.unknown)} of {len(report.layers)} "
+        "BatchNormalization layers in this epoch, which may or may not lag: it is not "
+        "known how many training steps were made. Received: data that ended before "
+        f"steps={steps} were made. Pass `steps_per_epoch` that the data have, or use "
+        "audit().",
+        BatchNormWarning,
+        stacklevel=3,
     )

@@ -14,7 +14,11 @@ from bn_callbacks.arguments import (
     shown,
 )
 from bn_callbacks.budget import Budget
-from bn_callbacks.callbacks.base import BatchNormCallback, say_nothing_to_do
+from bn_callbacks.callbacks.base import (
+    BatchNormCallback,
+    say_nothing_to_do,
+    warn_of_unknown,
+)
 from bn_callbacks.callbacks.company import company
 from bn_callbacks.clues import find_clues
 from bn_callbacks.examples import ExampleCounter
@@ -174,6 +178,7 @@ class BatchNormMonitor(BatchNormCallback):
         self._windows: Windows | None = None
         self._probe: Probe | None = None
         self._gap: float | None = None
+        self._has_warned = False
         self._findings: Findings | None = None
         self._counter = StepCounter(self.model, self.params)
         self._first_epoch: int | None = None
@@ -269,6 +274,9 @@ class BatchNormMonitor(BatchNormCallback):
                 )
         if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
+        if report.unknown and self._is_chief and not self._has_warned:
+            self._has_warned = True
+            warn_of_unknown(report, self.params)
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

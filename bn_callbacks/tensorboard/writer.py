@@ -312,7 +312,7 @@ def _scalars(
 
 
 def _summary(name: str, value: float | None) -> Iterator[Summary]:
-    if value is not None:
+    if value is not None and not math.isnan(value):
         for group in (OVERVIEW, "bn/summary"):
             yield scalar_pb(f"{group}/{name}", value, _SUMMARIES[name])
 
