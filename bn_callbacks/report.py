@@ -289,8 +289,27 @@ class RecalibrationReport:
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
-        """Gives the layers the statistics back that they had before, bit for bit."""
+        """Gives the layers the statistics back that they had before, bit for bit.
+
+        Raises:
+            RuntimeError: The report has been pickled, which leaves them behind.
+        """
         self._undo()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python values, ready for `json.dumps`.
+
+        JSON has no infinity: a number that is not finite is given as a string.
+        """
+        fields = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        result: dict[str, Any] = plain({**fields, "before": self.before.to_dict()})
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_undo": _left_behind}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecalibrationReport":
+        return self  # Nobody can change it.
 
     def before_and_after(self) -> list[tuple[LayerReport, float | None]]:
         """Each layer as it was, and the lag that is left of it, `None` if unknown."""
@@ -360,6 +379,13 @@ class RecalibrationReport:
         ]
         table = _html_table(["layer", "lag before", "lag after"], rows)
         return f"<p>{html.escape(str(self))}</p>{table}"
+
+
+def _left_behind() -> None:
+    raise RuntimeError(
+        "There is no undo in a report that has been pickled: the old statistics stayed "
+        "in the process that recalibrated. Undo there, or load the model from before."
+    )
 
 
 def severity(layer: LayerReport) -> float:

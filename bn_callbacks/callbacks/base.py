@@ -1,10 +1,15 @@
 """What the callbacks have in common: whose `fit` it is, and when it has ended."""
 
+import copy
+import inspect
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from bn_callbacks.callbacks.company import gather
 from bn_callbacks.layers import check_keras, check_model
@@ -17,14 +22,28 @@ class BatchNormCallback(keras.callbacks.Callback):
     `evaluate` and `predict` take callbacks as well, and after an exception `fit` calls
     no hook any more. But whatever takes callbacks begins by giving them the model: that
     is the end of a `fit` before, however it ended.
+
+    It can be copied and pickled at any time. The copy has the same arguments and shares
+    the data among them; what belongs to a `fit` stays behind.
+
+    One instance serves one `fit` at a time.
     """
+
+    _DATA: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         self.params: dict[str, Any] | None = None
         self._is_fitting = False
+        self._thread: int | None = None
 
     def set_model(self, model: keras.Model) -> None:
+        if self._is_fitting and is_in_fit(self._thread):
+            raise RuntimeError(
+                f"This {type(self).__name__} is at work in a `fit` of another thread. "
+                f"Received: a second `fit`, of model {model.name!r}. Give each of them "
+                "a callback of its own, such as copy.deepcopy(callback)."
+            )
         # Keras 2 calls what callbacks of Keras 3 do not have, and this first of all.
         check_keras(model)
         self._is_fitting = False
@@ -34,9 +53,78 @@ class BatchNormCallback(keras.callbacks.Callback):
         check_model(self.model)
         gather(self.model)
         self._is_fitting = True
+        self._thread = threading.get_ident()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._is_fitting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        private = _private_names(type(self))
+        state = {name: v for name, v in vars(self).items() if name not in private}
+        return {**state, "params": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # As after `__init__`: of our own class, for a subclass takes what it likes.
+        ours = next(kind for kind in type(self).__mro__ if _is_ours(kind))
+        names = list(inspect.signature(ours).parameters)
+        self.__dict__.update(vars(ours(**{name: state[name] for name in names})))
+        self.__dict__.update(state)
+
+    def __copy__(self) -> "BatchNormCallback":
+        return self._copied(lambda value: value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchNormCallback":
+        return self._copied(lambda value: copy.deepcopy(value, memo))
+
+    def _copied(self, copied: Callable[[Any], Any]) -> "BatchNormCallback":
+        new = type(self).__new__(type(self))
+        new.__setstate__(
+            {
+                name: value if name in self._DATA else copied(value)
+                for name, value in self.__getstate__().items()
+            }
+        )
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        for name in self._DATA:
+            data = getattr(self, name)
+            if isinstance(data, (Iterator, tf.data.Dataset)):
+                raise TypeError(
+                    f"A {type(self).__name__} cannot be pickled with data that cannot. "
+                    f"Received: {name} of type {type(data).__name__}. Pass arrays or a "
+                    "keras.utils.PyDataset, or make the callback where it is used."
+                )
+        return super().__reduce_ex__(protocol)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _private_names(kind: type) -> set[str]:
+    """Private attributes that callbacks of Keras and of ours have, not a subclass's."""
+    functions = [
+        function.__code__
+        for each in kind.__mro__
+        if _is_ours(each) or each.__module__.startswith("keras.")
+        for function in vars(each).values()
+        if inspect.isfunction(function)
+    ]
+    names = {name for code in functions for name in code.co_names}
+    return {name for name in names if name.startswith("_")}
+
+
+def is_in_fit(thread: int | None) -> bool:
+    """Whether another thread runs some `fit` now."""
+    if thread is None or thread == threading.get_ident():
+        return False
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "fit":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:

@@ -113,6 +113,8 @@ class BatchNormMonitor(BatchNormCallback):
         True
     """
 
+    _DATA = ("probe",)
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str] | None = None,

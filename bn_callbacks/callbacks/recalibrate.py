@@ -1,5 +1,6 @@
 """`RecalibrateBatchNorm`: recalibrates in `fit`."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import keras
@@ -73,6 +74,8 @@ class RecalibrateBatchNorm(BatchNormCallback):
         True
     """
 
+    _DATA = ("x", "validation_data")
+
     def __init__(
         self,
         x: Any,
@@ -106,7 +109,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
         self.when = when
         self.verbose = verbose
         self.report: RecalibrationReport | None = None
-        self._batches: Batches | None = None
+        self._batches: list[Batches] = []
         self._recalibration: Recalibration | None = None
         self._has_nothing_to_do = False
 
@@ -151,6 +154,13 @@ class RecalibrateBatchNorm(BatchNormCallback):
             self._recalibrate()
         self._recalibration = None
 
+    def _copied(self, copied: Callable[[Any], Any]) -> BatchNormCallback:
+        new = super()._copied(copied)
+        if isinstance(self.x, Iterator) and isinstance(new, RecalibrateBatchNorm):
+            # What one of them has read of a generator, the others cannot read again.
+            new._batches = self._batches
+        return new
+
     def _prepare(self) -> Recalibration | None:
         """The recalibration; None for a model without BN layers."""
         if self._recalibration is None and not self._has_nothing_to_do:
@@ -158,17 +168,19 @@ class RecalibrateBatchNorm(BatchNormCallback):
                 self._has_nothing_to_do = True
                 say_nothing_to_do(self, "recalibrate")
                 return None
-            if self._batches is None:
+            if not self._batches:
                 # Kept, since a generator can be read only once.
-                self._batches = Batches(
-                    self.x,
-                    batch_size=self.batch_size,
-                    steps=self.steps,
-                    inputs=count_inputs(self.model),
+                self._batches.append(
+                    Batches(
+                        self.x,
+                        batch_size=self.batch_size,
+                        steps=self.steps,
+                        inputs=count_inputs(self.model),
+                    )
                 )
             self._recalibration = Recalibration(
                 self.model,
-                self._batches,
+                self._batches[0],
                 tolerance=self.tolerance,
                 refine=self.refine,
                 dropout=self.dropout,

@@ -87,15 +87,9 @@ def say_result(
     if options.json:
         if not report.committed:
             facts = dict.fromkeys(facts)
-        content = {"model": options.model, **as_dict(report), **facts}
+        content = {"model": options.model, **report.to_dict(), **facts}
         print(json.dumps(plain(content), indent=2), file=options.out)
     elif report.committed:
         print(done)
     else:
         print("Nothing was written: recalibration would raise the validation loss.")
-
-
-def as_dict(report: RecalibrationReport) -> dict[str, Any]:
-    """A report as plain Python values."""
-    fields = {name: value for name, value in vars(report).items() if name[0] != "_"}
-    return {**fields, "before": report.before.to_dict()}
