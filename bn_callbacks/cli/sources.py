@@ -75,8 +75,8 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
             return Data(_in_batches(x, layout, batch_size))
         return Data(x, batch_size)
     if options.features is not None:
-        records = read_records(text, options.features, layout, outputs)
-        return Data(records.batch(batch_size or BATCH_SIZE))
+        size = batch_size or BATCH_SIZE
+        return Data(read_records(text, options.features, layout, outputs, size))
     if is_records:
         raise CommandError(
             f"{text} looks like TFRecord files: --features SPEC.json has to say what "

@@ -165,7 +165,16 @@ class First:
     length: int
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.islice(self.batches, self.length)
+        count = 0
+        for batch in itertools.islice(self.batches, self.length):
+            count += 1
+            yield batch
+        if count < self.length:
+            raise ValueError(
+                "`x` does not give the same data in each pass. Received: "
+                f"{self.length - count} batches fewer than in the first pass, which "
+                f"had {self.length}. Pass data that can be read again, or refine=0."
+            )
 
     def first(self, count: int) -> "First":
         """The first `count` of these."""

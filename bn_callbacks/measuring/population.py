@@ -295,17 +295,20 @@ class Population:
         Raises:
             ValueError: Something in them is not finite.
         """
-        bad: dict[BatchNormLayer, int] = {}
+        bad: dict[BatchNormLayer, tuple[int, bool]] = {}
         parts = {bn: [Moments.empty(bn.channels)] for bn in self.layers}
 
-        def add(bn: BatchNormLayer, moments: Moments, is_bad: Any) -> None:
+        def add(bn: BatchNormLayer, moments: Moments, is_bad: Any, means: Any) -> None:
             parts[bn].append(moments)
             if np.any(is_bad):
-                first = results.numbers[int(np.argmax(is_bad))]
+                index = int(np.argmax(is_bad))
+                is_huge = bool(np.isfinite(means[index]).all())
+                first = results.numbers[index], is_huge
                 bad[bn] = min(first, bad.get(bn, first))
 
         for bn, late in results.late.items():
-            add(bn, pool(late), [not np.isfinite(one.m2).all() for one in late])
+            means = [one.mean for one in late]
+            add(bn, pool(late), [not np.isfinite(one.m2).all() for one in late], means)
         start = 0
         for index, (bn, is_unbiased) in enumerate(self._entries):
             end = start + bn.channels
@@ -318,17 +321,26 @@ class Population:
             if is_unbiased:
                 variance = variance * ((n - 1) / np.maximum(n, 1))[:, None]
             is_bad = ~np.isfinite(mean + variance).all(axis=1) & (n > 0)
-            add(bn, pool_batches(n, mean, variance), is_bad)
+            add(bn, pool_batches(n, mean, variance), is_bad, mean)
         self._raise_bad(bad, is_fixed)
         return [pool(parts[bn]) for bn in self.layers]
 
-    def _raise_bad(self, bad: dict[BatchNormLayer, int], is_fixed: bool) -> None:
+    def _raise_bad(
+        self, bad: dict[BatchNormLayer, tuple[int, bool]], is_fixed: bool
+    ) -> None:
         if not bad:
             return
         # The layers behind are poisoned by the first in the same batch.
-        index = min(bad.values())
-        first = next(bn for bn in self._order if bad.get(bn) == index)
+        index = min(number for number, _ in bad.values())
+        first = next(bn for bn in self._order if bad.get(bn, (None,))[0] == index)
         if not is_fixed or first is self.entry:
+            if bad[first][1]:
+                raise ValueError(
+                    f"The input of {first.path} is too large: its variance is not "
+                    "finite. Received: values that overflow when they are squared, in "
+                    f"batch {index} of the data (counted from 0). Scale the data, or "
+                    "look for huge weights in the layers before."
+                )
             raise ValueError(
                 f"The input of {first.path} is not finite. Received: NaN or infinity "
                 f"in batch {index} of the data (counted from 0). Remove it from the "
