@@ -1,6 +1,7 @@
 """The replicas and workers of a `tf.distribute` strategy, as a team."""
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 _MESSAGE_BYTES = 1000
+_LIST_BYTES = 8000
 
 
 def copies(value: Any) -> tuple[Any, ...]:
@@ -141,9 +143,38 @@ class Team:
                 f"Received there: {texts[failed[0]]}"
             )
 
-    def _tell(self, text: str) -> list[str]:
-        letters = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)
-        row = np.pad(letters.astype(np.float64), (0, _MESSAGE_BYTES - len(letters)))
+    def check_same(self, what: str, lines: Sequence[str]) -> None:
+        """Raises on all workers if they were not all told to do the same.
+
+        Args:
+            what: What the lines describe.
+            lines: What this worker was told.
+
+        Raises:
+            RuntimeError: Another worker was told something else, or does not answer.
+        """
+        if self.workers == 1:
+            return
+        text = "\n".join(lines)
+        sums = self.gather(np.array([float(zlib.crc32(text.encode()))])).ravel()
+        if (sums == sums[0]).all():
+            return
+        other = int(np.flatnonzero(sums != sums[0])[0])
+        texts = self._tell(text, _LIST_BYTES)
+        mine, theirs = (texts[worker].splitlines() for worker in (0, other))
+        only = [
+            "; ".join(line for line in one if line not in rest)[:_MESSAGE_BYTES]
+            for one, rest in ((mine, theirs), (theirs, mine))
+        ]
+        raise RuntimeError(
+            f"The workers do not all have the same {what}, so that nothing has begun "
+            f"on any. Received: {only[0] or 'nothing more'} on worker 0, and "
+            f"{only[1] or 'nothing more'} on worker {other}. Give all of them the same."
+        )
+
+    def _tell(self, text: str, size: int = _MESSAGE_BYTES) -> list[str]:
+        letters = np.frombuffer(text.encode()[:size], np.uint8)
+        row = np.pad(letters.astype(np.float64), (0, size - len(letters)))
         return [
             bytes(values.astype(np.uint8)).rstrip(b"\0").decode(errors="ignore")
             for values in self.gather(row)

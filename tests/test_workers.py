@@ -29,7 +29,7 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
     return json.loads(lines[-1].removeprefix("RESULT ")) if lines else None
 
 
-ALL = "same_data,own_data,failing_data,training_loop"
+ALL = "same_data,own_data,failing_data,training_loop,differing"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -91,6 +91,24 @@ def test_a_failure_of_one_worker_changes_nobody(
         assert "does not fit" in said["shape"]
         assert "in batch 5 of the data" in said["not finite"]
         assert "refine=-1" in said["option"]
+
+
+def test_workers_that_were_told_different_things_end_with_an_error(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        found = result["differing"]
+        assert found["same"] == "nothing"
+        assert found["intact"]
+        assert not found["files"]
+        assert found["took"] < 60
+        for name, said in found["said"].items():
+            assert said.startswith("RuntimeError: The workers do not all have"), name
+            assert "on worker 0, and" in said
+        assert (
+            "refine=0 on worker 0, and refine=2 on worker 1" in found["said"]["refine"]
+        )
+        assert "callback 1, DebiasBatchNorm on worker 1" in found["said"]["one more"]
 
 
 def test_the_callbacks_in_a_training_loop(results: list[dict[str, Any]]) -> None:

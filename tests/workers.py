@@ -193,6 +193,41 @@ def training_loop(model: keras.Model) -> dict[str, Any]:
     }
 
 
+def differing(model: keras.Model) -> dict[str, Any]:
+    """Workers are told different things; all end with an error, and are as before."""
+    mine = INDEX == 1
+    logs = f"{sys.argv[2]}/differing"
+
+    def fit(*callbacks: keras.callbacks.Callback) -> str:
+        listed = keras.callbacks.CallbackList(
+            list(callbacks), model=model, epochs=1, steps=3
+        )
+        return failure(listed.on_train_begin)
+
+    before, begin = state(model), time.time()
+    recalibrate, monitor = bn.RecalibrateBatchNorm, bn.BatchNormMonitor
+    said = {
+        "refine": failure(lambda: bn.recalibrate(model, X, refine=2 * mine)),
+        "validation": failure(
+            lambda: bn.recalibrate(model, X, validation_data=(X, Y) if mine else None)
+        ),
+        "when": fit(recalibrate(X, when="validation" if mine else "epoch_end")),
+        "log_dir": fit(monitor(logs if mine else None)),
+        "update_freq": fit(monitor(logs, update_freq=7 if mine else "auto")),
+        "one more": fit(monitor(), *([bn.DebiasBatchNorm()] if mine else [])),
+        "order": fit(*[monitor(), bn.DebiasBatchNorm()][:: -1 if mine else 1]),
+    }
+    took = time.time() - begin
+    verbose = fit(monitor(f"{logs}/{INDEX}", verbose=INDEX), recalibrate(X + INDEX))
+    return {
+        "said": said,
+        "took": took,
+        "same": verbose,
+        "intact": state(model) == before,
+        "files": os.path.isdir(logs),
+    }
+
+
 def dying(model: keras.Model) -> dict[str, Any]:
     """A worker dies in the middle of a pass."""
 

@@ -11,8 +11,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bn_callbacks.callbacks.company import gather
-from bn_callbacks.layers import check_keras, check_model
+from bn_callbacks.arguments import shown
+from bn_callbacks.callbacks.company import complete_list, enlist, gather, listed
+from bn_callbacks.layers import check_keras, check_model, team_of
 from bn_callbacks.report import BatchNormReport, BatchNormWarning
 
 
@@ -48,10 +49,21 @@ class BatchNormCallback(keras.callbacks.Callback):
         check_keras(model)
         self._is_fitting = False
         super().set_model(model)
+        enlist(model, self)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        super().set_params(params)
+        if self.model is not None:
+            complete_list(self.model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
         gather(self.model)
+        together = listed(self.model)
+        if together and together[0] is self:
+            # Workers that do not all come to the same places wait for ever.
+            lines = [line for i, each in enumerate(together) for line in _told(i, each)]
+            team_of(self.model).check_same("callbacks", lines)
         self._is_fitting = True
         self._thread = threading.get_ident()
 
@@ -96,6 +108,28 @@ class BatchNormCallback(keras.callbacks.Callback):
                     "keras.utils.PyDataset, or make the callback where it is used."
                 )
         return super().__reduce_ex__(protocol)
+
+
+_FREE = {"verbose", "max_charts"}
+"""Arguments in which workers may differ, since the chief alone heeds them."""
+
+
+def _told(index: int, callback: Any) -> Iterator[str]:
+    """What workers have to agree on of a callback, in lines."""
+    ours = next(kind for kind in type(callback).__mro__ if _is_ours(kind))
+    name = f"callback {index}, {type(callback).__name__}"
+    yield name
+    for argument in inspect.signature(ours).parameters:
+        if argument not in _FREE:
+            yield f"{name}: {argument}={_comparable(argument, callback)}"
+
+
+def _comparable(argument: str, callback: Any) -> str:
+    value = getattr(callback, argument)
+    # Workers have their own data, and may have their own directories.
+    if argument in (*callback._DATA, "log_dir") or callable(value):
+        return "None" if value is None else "given"
+    return shown(value)
 
 
 def _is_ours(kind: type) -> bool:

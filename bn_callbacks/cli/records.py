@@ -199,8 +199,8 @@ def _first_damaged(
             )
         except tf.errors.OpError as error:
             return (
-                f"{text_of(error)}, in record {number} of {name} (counted from 0), which "
-                "is not what --features says"
+                f"{text_of(error)}, in record {number} of {name} (counted from 0), "
+                "which is not what --features says"
             )
     return None
 
