@@ -134,3 +134,13 @@ def test_a_dead_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
     assert "Another worker does not answer" in chief["dying"]["said"]
     assert chief["dying"]["intact"]
     assert chief["dying"]["took"] < 120
+
+
+def test_a_callback_on_the_chief_only_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    chief, other = run(2, "on_the_chief_only", tmp_path)
+    assert chief is not None
+    said = chief["on_the_chief_only"]
+    assert said["said"].startswith("RuntimeError: Worker 1 did not come to where the")
+    assert said["took"] < 60
+    assert other is not None
+    assert "did not come" in other["on_the_chief_only"]["said"]

@@ -21,6 +21,7 @@ import tensorflow as tf
 from models import batch_norms, dense, normal, scatter, state, stored
 
 import bn_callbacks as bn
+import bn_callbacks.distribution
 
 TASK = json.loads(os.environ["TF_CONFIG"])
 INDEX = int(TASK["task"]["index"])
@@ -228,6 +229,21 @@ def differing(model: keras.Model) -> dict[str, Any]:
     }
 
 
+def on_the_chief_only(model: keras.Model) -> dict[str, Any]:
+    """Only the chief has a callback; all of them end, and say why."""
+    bn_callbacks.distribution.PATIENCE = 5
+    strategy, begin = model.distribute_strategy, time.time()
+
+    def train() -> None:
+        if INDEX == 0:
+            callbacks = [bn.BatchNormMonitor()]
+            keras.callbacks.CallbackList(callbacks, model=model).on_train_begin()
+        ones = strategy.run(lambda: tf.ones(3))
+        strategy.reduce("SUM", ones, axis=None)
+
+    return {"said": failure(train), "took": time.time() - begin}
+
+
 def dying(model: keras.Model) -> dict[str, Any]:
     """A worker dies in the middle of a pass."""
 
@@ -253,7 +269,8 @@ if __name__ == "__main__":
         with strategy.scope():
             made = build()
         results[name] = globals()[name](made)
-        results[name]["stored"] = [part.tolist() for part in stored(made)[-1]]
+        if name != "on_the_chief_only":
+            results[name]["stored"] = [part.tolist() for part in stored(made)[-1]]
     print("RESULT " + json.dumps(results), flush=True)
     # TensorFlow waits for the other workers, and one of them may be dead.
     os._exit(0)
