@@ -8,6 +8,6 @@ import sys
 if sys.path and os.path.abspath(sys.path[0]) == os.getcwd():
     del sys.path[0]
 
-from bn_callbacks.cli import main
+from bn_callbacks.cli import program
 
-sys.exit(main())
+program()

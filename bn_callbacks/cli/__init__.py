@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from bn_callbacks.cli.ending import (
     Terminated,
@@ -27,11 +27,17 @@ SIGNALLED = 128
 """What shells add to the number of any other signal."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def program() -> NoReturn:
+    """Runs the command of this process, and ends it."""
+    sys.exit(main(is_program=True))
+
+
+def main(arguments: Sequence[str] | None = None, *, is_program: bool = False) -> int:
     """Runs a command.
 
     Args:
         arguments: The command and its options; those of the process by default.
+        is_program: Whether the process ends with it.
 
     Returns:
         The exit status: 0, or 1 where there are findings, or 2 after an error, or 130
@@ -40,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     options.written = []
-    with heeding_signals(), lenient_streams() as out:
+    with heeding_signals(is_program=is_program), lenient_streams() as out:
         options.out = out
         status = _run(options)
         out.flush()

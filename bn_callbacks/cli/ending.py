@@ -27,10 +27,14 @@ class Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def heeding_signals() -> Iterator[None]:
+def heeding_signals(*, is_program: bool = False) -> Iterator[None]:
     """Signals that would end the process at once raise `Terminated` instead.
 
     So what is half done is cleaned up. A signal that somebody ignores stays ignored.
+
+    Args:
+        is_program: Whether nothing but the end of the process comes after the block:
+            that takes a second, in which no signal is to change the exit status.
     """
     before: dict[int, Any] = {}
 
@@ -47,6 +51,8 @@ def heeding_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        if is_program:
+            before = dict.fromkeys([*before, signal.SIGINT], signal.SIG_IGN)
         for number, handler in before.items():
             signal.signal(number, handler)
 

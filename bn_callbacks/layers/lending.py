@@ -51,13 +51,22 @@ def watch_evaluations(model: keras.Model) -> None:
         try:
             return evaluate(*args, **kwargs)
         finally:
-            if lender.lent_at >= lender.depth:
-                give_back(model)
-            lender.depth -= 1
+            try:
+                _end(model, lender)
+            except BaseException:
+                # Ctrl-C may come here as well.
+                _end(model, lender)
+                raise
 
     watched._is_watched = True  # type: ignore[attr-defined]
     # Past Keras, which would look for variables in whatever becomes an attribute.
     vars(model)["evaluate"] = watched
+
+
+def _end(model: keras.Model, lender: _Lender) -> None:
+    if lender.lent_at >= lender.depth:
+        give_back(model)
+    lender.depth -= 1
 
 
 def leave_evaluations(model: keras.Model) -> None:
@@ -91,21 +100,10 @@ def give_back(model: keras.Model, *, is_late: bool = False) -> None:
     lender = _lenders.get(model)
     if lender is None or lender.own is None:
         return
-    try:
-        if not is_late or _is_still(lender.lent):
-            _restore(lender.own)
-    finally:
-        lender.own = lender.lent = None
-        lender.lent_at = 0
-
-
-def _restore(saved: Snapshot) -> None:
-    try:
-        restore(saved)
-    except BaseException:
-        # Ctrl-C may come here as well.
-        restore(saved)
-        raise
+    if not is_late or _is_still(lender.lent):
+        restore(lender.own)
+    lender.own = lender.lent = None
+    lender.lent_at = 0
 
 
 def _is_still(saved: Snapshot | None) -> bool:
