@@ -384,3 +384,17 @@ def test_models_still_know_their_strategy() -> None:
         inside = dense(1)
     assert strategy(inside) is here, "TensorFlowTrainer._distribute_strategy"
     assert strategy(dense(1)) is None, "TensorFlowTrainer._distribute_strategy"
+
+
+def test_fit_still_validates_by_the_models_own_evaluate() -> None:
+    model, calls = compiled(dense(1)), []
+    own = model.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    vars(model)["evaluate"] = evaluate
+    y = normal(32, 1)
+    model.fit(X, y, validation_data=(X, y), epochs=2, verbose=0)
+    assert len(calls) == 2

@@ -42,7 +42,7 @@ def watch_evaluations(model: keras.Model) -> None:
     """From now on, an evaluation ends with the statistics that it began with."""
     lender = _lenders.setdefault(model, _Lender())
     evaluate = model.evaluate
-    if hasattr(evaluate, "_is_watched"):
+    if hasattr(evaluate, "gives_back_statistics"):
         return
 
     @functools.wraps(evaluate)
@@ -58,7 +58,7 @@ def watch_evaluations(model: keras.Model) -> None:
                 _end(model, lender)
                 raise
 
-    watched._is_watched = True  # type: ignore[attr-defined]
+    watched.gives_back_statistics = True  # type: ignore[attr-defined]
     # Past Keras, which would look for variables in whatever becomes an attribute.
     vars(model)["evaluate"] = watched
 
@@ -72,7 +72,7 @@ def _end(model: keras.Model, lender: _Lender) -> None:
 def leave_evaluations(model: keras.Model) -> None:
     """Undoes `watch_evaluations`."""
     own = vars(model).get("evaluate")
-    if hasattr(own, "_is_watched"):
+    if hasattr(own, "gives_back_statistics"):
         del vars(model)["evaluate"]
         if getattr(own.__wrapped__, "__func__", None) is not type(model).evaluate:
             vars(model)["evaluate"] = own.__wrapped__
