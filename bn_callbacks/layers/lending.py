@@ -42,7 +42,7 @@ def watch_evaluations(model: keras.Model) -> None:
     """From now on, an evaluation ends with the statistics that it began with."""
     lender = _lenders.setdefault(model, _Lender())
     evaluate = model.evaluate
-    if hasattr(evaluate, "gives_back_statistics"):
+    if hasattr(evaluate, "instead_of"):
         return
 
     @functools.wraps(evaluate)
@@ -58,7 +58,8 @@ def watch_evaluations(model: keras.Model) -> None:
                 _end(model, lender)
                 raise
 
-    watched.gives_back_statistics = True  # type: ignore[attr-defined]
+    # What stood in the place of the method before, if anything did.
+    watched.instead_of = vars(model).get("evaluate")  # type: ignore[attr-defined]
     # Past Keras, which would look for variables in whatever becomes an attribute.
     vars(model)["evaluate"] = watched
 
@@ -71,11 +72,11 @@ def _end(model: keras.Model, lender: _Lender) -> None:
 
 def leave_evaluations(model: keras.Model) -> None:
     """Undoes `watch_evaluations`."""
-    own = vars(model).get("evaluate")
-    if hasattr(own, "gives_back_statistics"):
+    watched = vars(model).get("evaluate")
+    if hasattr(watched, "instead_of"):
         del vars(model)["evaluate"]
-        if getattr(own.__wrapped__, "__func__", None) is not type(model).evaluate:
-            vars(model)["evaluate"] = own.__wrapped__
+        if watched.instead_of is not None:
+            vars(model)["evaluate"] = watched.instead_of
 
 
 @contextlib.contextmanager
