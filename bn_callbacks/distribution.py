@@ -1,14 +1,24 @@
 """The replicas and workers of a `tf.distribute` strategy, as a team."""
 
 import contextlib
+import itertools
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
+from tensorflow.python.eager import context as tf_context
 
 _MESSAGE_BYTES = 1000
+_LIST_BYTES = 8000
+
+PATIENCE = 180
+"""Seconds that a worker waits for the others to begin with it."""
+
+_meetings = itertools.count()
 
 
 def copies(value: Any) -> tuple[Any, ...]:
@@ -141,9 +151,71 @@ class Team:
                 f"Received there: {texts[failed[0]]}"
             )
 
-    def _tell(self, text: str) -> list[str]:
-        letters = np.frombuffer(text.encode()[:_MESSAGE_BYTES], np.uint8)
-        row = np.pad(letters.astype(np.float64), (0, _MESSAGE_BYTES - len(letters)))
+    def check_same(self, what: str, lines: Sequence[str]) -> None:
+        """Raises on all workers if they were not all told to do the same.
+
+        Args:
+            what: What the lines describe.
+            lines: What this worker was told.
+
+        Raises:
+            RuntimeError: Another worker was told something else, or does not answer.
+        """
+        if self.workers == 1:
+            return
+        self._meet(what)
+        text = "\n".join(lines)
+        sums = self.gather(np.array([float(zlib.crc32(text.encode()))])).ravel()
+        if (sums == sums[0]).all():
+            return
+        other = int(np.flatnonzero(sums != sums[0])[0])
+        texts = self._tell(text, _LIST_BYTES)
+        mine, theirs = (texts[worker].splitlines() for worker in (0, other))
+        only = [
+            "; ".join(line for line in one if line not in rest)[:_MESSAGE_BYTES]
+            for one, rest in ((mine, theirs), (theirs, mine))
+        ]
+        raise RuntimeError(
+            f"The workers do not all have the same {what}, so that nothing has begun "
+            f"on any. Received: {only[0] or 'nothing more'} on worker 0, and "
+            f"{only[1] or 'nothing more'} on worker {other}. Give all of them the same."
+        )
+
+    def _meet(self, what: str) -> None:
+        """Waits for the others, who may have nothing that brings them here.
+
+        A sum over workers would wait for ever then. TensorFlow's coordination service
+        waits as long as it is told to, and can stop the others with a message.
+
+        Raises:
+            RuntimeError: Another worker does not come.
+        """
+        context: Any = tf_context.context()
+        if not hasattr(context, "get_config_key_value"):
+            return
+        place = f"bn_callbacks/{next(_meetings)}"
+        context.set_config_key_value(f"{place}/{self.worker}", "here")
+        deadline = time.monotonic() + PATIENCE
+        for worker in range(self.workers):
+            left = max(1, round(1000 * (deadline - time.monotonic())))
+            try:
+                context.get_config_key_value(f"{place}/{worker}", left)
+            except tf.errors.OpError as error:
+                message = (
+                    f"Worker {worker} did not come to where the workers compare their "
+                    f"{what}, so that nothing has begun. Received: no answer within "
+                    f"{PATIENCE} seconds on worker {self.worker}. Give all workers the "
+                    f"same {what}, and callbacks of bn_callbacks to all or to none."
+                )
+                with contextlib.suppress(tf.errors.OpError, ValueError):
+                    context.report_error_to_cluster(
+                        tf.errors.FAILED_PRECONDITION, message
+                    )
+                raise RuntimeError(message) from error
+
+    def _tell(self, text: str, size: int = _MESSAGE_BYTES) -> list[str]:
+        letters = np.frombuffer(text.encode()[:size], np.uint8)
+        row = np.pad(letters.astype(np.float64), (0, size - len(letters)))
         return [
             bytes(values.astype(np.uint8)).rstrip(b"\0").decode(errors="ignore")
             for values in self.gather(row)

@@ -227,6 +227,16 @@ class Recalibration:
         self._batches = batches
         self._team = team_of(model)
         self._validation: Probe | None = None
+        self._team.check_same(
+            "options",
+            [
+                f"tolerance={tolerance}",
+                f"refine={refine}",
+                f"dropout={bool(dropout)}",
+                f"layers={'given' if layers is not None else None}",
+                f"validation_data={'given' if validation_data is not None else None}",
+            ],
+        )
         with self._team.agreed():
             self._targets, self._skipped, self._uncalled = _targets(
                 model, layers, batches

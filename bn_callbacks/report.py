@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+UNKNOWN = "unknown"
+"""In place of a cause where nothing was measured, which is no proof of health."""
+
+
 class BatchNormWarning(UserWarning):
     """Any warning of `bn_callbacks`.
 
@@ -41,7 +45,8 @@ class LayerReport:
 
     Args:
         path: Path of the layer in its model.
-        cause: `"healthy"`, or the likely cause of what is wrong.
+        cause: `"healthy"`; or `"unknown"`, where nothing was measured; or the likely
+            cause of what is wrong.
         lag: RMS error that the moving statistics put on the layer's normalised
             output, in standard deviations.
         mean_shift: The part of `lag` from the means, in standard deviations.
@@ -82,7 +87,7 @@ class LayerReport:
 
 def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
     """Diagnoses all layers and puts the verdicts beside what was known of them."""
-    return tuple(
+    reports = (
         LayerReport(
             path=seen.path,
             updates=seen.updates,
@@ -90,6 +95,13 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
             **vars(diagnosis),
         )
         for seen, diagnosis in zip(evidence, diagnose_model(evidence), strict=True)
+    )
+    # Averages that were watched and never moved are those of a layer that is off.
+    return tuple(
+        dataclasses.replace(report, cause=UNKNOWN)
+        if report.cause == HEALTHY and report.lag is None and not seen.is_still
+        else report
+        for report, seen in zip(reports, evidence, strict=True)
     )
 
 
@@ -137,15 +149,21 @@ class BatchNormReport:
 
     @property
     def max_lag(self) -> float:
-        """The largest lag; 0.0 without layers."""
-        return max(
-            (layer.lag for layer in self.layers if layer.lag is not None), default=0.0
-        )
+        """The largest lag; 0.0 without layers, NaN where none is known."""
+        known = [layer for layer in self.layers if layer.lag is not None]
+        if not known and self.unknown:
+            return math.nan
+        return max(known, key=severity).lag or 0.0 if known else 0.0
+
+    @property
+    def unknown(self) -> tuple[LayerReport, ...]:
+        """The layers of which nothing was measured."""
+        return tuple(layer for layer in self.layers if layer.cause == UNKNOWN)
 
     @property
     def lagging(self) -> tuple[LayerReport, ...]:
-        """The layers whose cause is not `healthy`, worst first."""
-        sick = [layer for layer in self.layers if layer.cause != HEALTHY]
+        """The layers with which something is wrong, worst first."""
+        sick = [layer for layer in self.layers if layer.cause not in (HEALTHY, UNKNOWN)]
         return tuple(sorted(sick, key=severity, reverse=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,9 +215,11 @@ class BatchNormReport:
     @property
     def headline(self) -> str:
         """How many layers are healthy, in a line."""
-        total, sick = len(self.layers), len(self.lagging)
+        total, sick, unknown = map(len, (self.layers, self.lagging, self.unknown))
         verdict = "not healthy" if sick else "healthy"
-        return f"{sick or total} of {total} BatchNormalization layers {verdict}"
+        count = sick or total - unknown
+        text = f"{count} of {total} BatchNormalization layers {verdict}"
+        return f"{text}, {unknown} unknown" if unknown else text
 
     @property
     def loss_line(self) -> str:
@@ -272,8 +292,27 @@ class RecalibrationReport:
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
-        """Gives the layers the statistics back that they had before, bit for bit."""
+        """Gives the layers the statistics back that they had before, bit for bit.
+
+        Raises:
+            RuntimeError: The report has been pickled, which leaves them behind.
+        """
         self._undo()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain Python values, ready for `json.dumps`.
+
+        JSON has no infinity: a number that is not finite is given as a string.
+        """
+        fields = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        result: dict[str, Any] = plain({**fields, "before": self.before.to_dict()})
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_undo": _left_behind}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecalibrationReport":
+        return self  # Nobody can change it.
 
     def before_and_after(self) -> list[tuple[LayerReport, float | None]]:
         """Each layer as it was, and the lag that is left of it, `None` if unknown."""
@@ -344,6 +383,13 @@ class RecalibrationReport:
         table = _html_table(["layer", "lag before", "lag after"], rows)
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in str(self).split("\n"))
         return lines + table
+
+
+def _left_behind() -> None:
+    raise RuntimeError(
+        "There is no undo in a report that has been pickled: the old statistics stayed "
+        "in the process that recalibrated. Undo there, or load the model from before."
+    )
 
 
 def severity(layer: LayerReport) -> float:

@@ -291,6 +291,33 @@ def test_the_callbacks_write_every_copy_and_put_every_copy_back() -> None:
     assert all(len(set(parts)) == 1 for parts in copies(model))
 
 
+def test_what_ends_a_validation_leaves_every_copy_as_it_was() -> None:
+    x, _ = by_replica()
+    during: list[list[list[bytes]]] = []
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            during.append(copies(self.model))
+
+        def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+            during.append(copies(self.model))
+            raise KeyboardInterrupt
+
+    with mirrored(2).scope():
+        model = compiled(scatter(single(6)))
+    recalibrate = bn.RecalibrateBatchNorm(x, when="validation")
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            x,
+            x,
+            validation_data=(x[:32], x[:32]),
+            callbacks=[recalibrate, Stop()],
+            verbose=0,
+        )
+    assert during[-1] != during[-2]
+    assert copies(model) == during[-2]
+
+
 @pytest.mark.slow
 def test_debiasing_pools_the_replicas() -> None:
     model, _ = fitted(False, callbacks=[bn.DebiasBatchNorm()])

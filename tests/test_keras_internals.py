@@ -400,3 +400,17 @@ def test_using_a_model_still_changes_nothing_that_counts() -> None:
     model.fit(X, X[:, :1], validation_data=(X, X[:, :1]), verbose=0)
     model.evaluate(X, X[:, :1], verbose=0)
     assert structure_of(model) == before
+
+
+def test_fit_still_validates_by_the_models_own_evaluate() -> None:
+    model, calls = compiled(dense(1)), []
+    own = model.evaluate
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return own(*args, **kwargs)
+
+    vars(model)["evaluate"] = evaluate
+    y = normal(32, 1)
+    model.fit(X, y, validation_data=(X, y), epochs=2, verbose=0)
+    assert len(calls) == 2

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "bn_callbacks"
 
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
-    {"arguments", "budget", "distribution", "pictures", "statistics"},
+    {"arguments", "budget", "distribution", "names", "pictures", "statistics"},
     {"layers", "report"},
     {"clues", "examples", "findings", "measuring", "start_values", "steps", "windows"},
     {"auditing", "tensorboard"},

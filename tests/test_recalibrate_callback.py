@@ -5,8 +5,10 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from bn_callbacks import RecalibrateBatchNorm, recalibrate
+from bn_callbacks.layers import lending
 
 BATCH = 16
 CHANNELS = 3
@@ -224,6 +226,163 @@ def test_evaluating_outside_fit_changes_nothing():
     assert callback.report is None
 
 
+# --- Validations that end early
+
+
+class Fault(keras.callbacks.Callback):
+    """Raises in the second validation, at a hook of one's choice."""
+
+    def __init__(self, hook, error):
+        super().__init__()
+        self.validations = 0
+        self.error = error
+        setattr(self, hook, self.fail)
+
+    def on_test_begin(self, logs=None):
+        self.validations += 1
+
+    def fail(self, *_, **__):
+        if self.validations == 2:
+            raise self.error
+
+
+class Broken(keras.utils.PyDataset):
+    """Validation data that end with an error in the second reading."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.reads = error, 0
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads > 6:
+            raise self.error
+        return VALIDATION[0][:4], VALIDATION[1][:4]
+
+
+class Averages(keras.callbacks.Callback):
+    """Notes the averages as they are when a validation begins."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.averages = statistics(self.model)
+
+
+@pytest.mark.parametrize("hook", ["on_test_batch_begin", "on_test_batch_end"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("theirs")], ids=str)
+def test_what_ends_a_validation_leaves_the_averages(hook, error):
+    model, averages = make_model(), Averages()
+    callback = RecalibrateBatchNorm(X, when="validation")
+    with pytest.raises(type(error)):
+        fit(model, averages, callback, Fault(hook, error), validation_data=VALIDATION)
+    assert_same(statistics(model), averages.averages)
+    # Nor does the callback think that it is still in that `fit`.
+    callback.report = None
+    model.evaluate(X, Y, verbose=0, callbacks=[callback])
+    assert callback.report is None
+    assert_same(statistics(model), averages.averages)
+    # And the next one goes on as if nothing had been.
+    history = fit(model, callback, validation_data=VALIDATION).history
+    assert callback.report.committed
+    loss = model.evaluate(*VALIDATION, batch_size=BATCH, verbose=0)
+    assert history["val_loss"][-1] == pytest.approx(loss, rel=1e-3)
+    assert "evaluate" not in vars(model)
+
+
+def test_data_that_end_a_validation_leave_the_averages():
+    model, averages = make_model(), Averages()
+    data = Broken(KeyboardInterrupt())
+    callback = RecalibrateBatchNorm(X, when="validation")
+    with pytest.raises((KeyboardInterrupt, tf.errors.OpError)):
+        fit(model, averages, callback, validation_data=data, epochs=9)
+    assert data.reads > 6
+    assert_same(statistics(model), averages.averages)
+
+
+def test_ctrl_c_while_the_averages_are_put_back(monkeypatch):
+    """As is likely with hundreds of layers."""
+    model, averages = make_model(), Averages()
+    own, calls = lending.restore, []
+
+    def restore(saved):
+        calls.append(saved)
+        if len(calls) == 1:
+            saved.state[0][0].assign(saved.state[0][1])
+            raise KeyboardInterrupt
+        own(saved)
+
+    monkeypatch.setattr(lending, "restore", restore)
+    callback = RecalibrateBatchNorm(X, when="validation")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, averages, callback, validation_data=VALIDATION)
+    assert len(calls) == 2
+    assert_same(statistics(model), averages.averages)
+
+
+def test_an_evaluation_within_a_validation_does_not_end_the_loan():
+    model = make_model()
+    seen = []
+
+    class Other(keras.callbacks.Callback):
+        def on_test_batch_begin(self, batch, logs=None):
+            if batch == 0:
+                self.model.evaluate(X[:4], Y[:4], verbose=0)
+                seen.append(statistics(self.model))
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.averages = statistics(self.model)
+
+    other = Other()
+
+    def run_validation():
+        callback = RecalibrateBatchNorm(X, when="validation")
+        fit(model, callback, other, validation_data=VALIDATION, epochs=1)
+
+    model.predict(X[:1], verbose=0)
+    # Keras has one test function, and one iterator for each evaluation.
+    run_validation()
+    assert len(seen) == 1
+    assert_recalibrated(model)
+    assert_same(seen[0], statistics(model))
+
+
+def test_a_loop_of_ones_own_gets_the_averages_back_later():
+    model = make_model()
+    fit(model)
+    before = statistics(model)
+    callback = RecalibrateBatchNorm(X, when="validation")
+
+    def begin():
+        callbacks = keras.callbacks.CallbackList([callback], model=model)
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(0)
+        callbacks.on_test_begin()
+
+    begin()
+    assert_recalibrated(model)
+    model.evaluate(X, Y, verbose=0, callbacks=[callback])
+    assert_same(statistics(model), before)
+    # But not if something else has been put there since.
+    begin()
+    norms(model)[0].moving_mean.assign([1.0, 2.0, 3.0])
+    model.evaluate(X, Y, verbose=0, callbacks=[callback])
+    assert statistics(model)[0][0].tolist() == [1, 2, 3]
+
+
+def test_a_models_own_way_to_evaluate_is_kept():
+    model = make_model()
+    own = model.evaluate
+
+    def mine(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    vars(model)["evaluate"] = mine
+    fit(model, RecalibrateBatchNorm(X, when="validation"), validation_data=VALIDATION)
+    assert model.evaluate is mine
+
+
 # --- Data and options
 
 
@@ -400,11 +559,19 @@ def test_a_wrong_kind_of_data_shows_before_training():
         fit(make_model(), RecalibrateBatchNorm("training.csv"))
 
 
-def test_a_model_without_such_layers_is_refused():
-    model = keras.Sequential([keras.Input((CHANNELS,)), keras.layers.Dense(1)])
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("when", ["train_end", "validation", "epoch_end"])
+def test_a_model_without_such_layers_is_told_of_once(when, is_built, capsys):
+    stack = [keras.Input((CHANNELS,))] if is_built else []
+    model = keras.Sequential([*stack, keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="no BatchNormalization layer"):
-        fit(model, RecalibrateBatchNorm(X))
+    callback = RecalibrateBatchNorm(X, when=when, layers="bn")
+    fit(model, callback, validation_data=VALIDATION)
+    assert callback.report is None
+    assert capsys.readouterr().out == (
+        f"RecalibrateBatchNorm: model {model.name!r} has no BatchNormalization layer; "
+        "there is nothing to recalibrate.\n"
+    )
 
 
 def test_a_model_that_its_first_step_builds_is_recalibrated():

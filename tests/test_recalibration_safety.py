@@ -22,7 +22,14 @@ from models import (
 )
 
 import bn_callbacks.measuring.data
-from bn_callbacks import audit, recalibrate, recalibrated
+from bn_callbacks import (
+    BatchNormMonitor,
+    DebiasBatchNorm,
+    RecalibrateBatchNorm,
+    audit,
+    recalibrate,
+    recalibrated,
+)
 
 X = normal(96, 6)
 
@@ -383,7 +390,17 @@ def keras_2_model(module: str) -> Any:
 @pytest.mark.parametrize(
     "module", ["tf_keras.src.engine.training", "keras.src.engine.training"]
 )
-@pytest.mark.parametrize("act", [recalibrate, audit])
+@pytest.mark.parametrize(
+    "act",
+    [
+        recalibrate,
+        audit,
+        # What `fit` of tf_keras does first; it goes on to what Keras 3 has not.
+        lambda model, _: BatchNormMonitor().set_model(model),
+        lambda model, _: DebiasBatchNorm().set_model(model),
+        lambda model, x: RecalibrateBatchNorm(x).set_model(model),
+    ],
+)
 def test_a_keras_2_model_is_told_what_it_is(
     act: Callable[..., Any], module: str
 ) -> None:

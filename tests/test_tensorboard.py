@@ -4,6 +4,7 @@ import html
 import itertools
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 import bn_callbacks.callbacks.monitor
+import bn_callbacks.tensorboard.event_file
 import bn_callbacks.tensorboard.writer
 from bn_callbacks import (
     BatchNormLagWarning,
     BatchNormMonitor,
     BatchNormReport,
+    BatchNormWarning,
     LayerReport,
     RecalibrateBatchNorm,
     RecalibrationReport,
@@ -589,3 +592,89 @@ def test_steps_are_those_of_the_batches_of_keras(tmp_path):
     if steps == [0]:
         pytest.skip("Keras 3.0 gives all batches the step 0.")
     assert steps == list(read(tmp_path)["bn/summary/max_lag"]) == made
+
+
+# --- What the file system does
+
+
+class Full(keras.callbacks.Callback):
+    """Fills the disk at the end of the first epoch, as far as we are concerned."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, most))
+
+
+@pytest.fixture
+def size_limit():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("size_limit")
+def test_a_full_disk_ends_no_training_and_is_told_once(tmp_path):
+    monitor = monitor_of(tmp_path / "ours", "batch")
+    with pytest.warns(BatchNormWarning, match="cannot be written any more") as seen:
+        history = fit(make_model(), monitor, Full(1000), epochs=4).history
+    assert len(seen) == 1
+    assert len(history["bn_lag"]) == 4
+    assert not monitor._writer.is_open
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+    # Nobody else notices: not the next `fit`, and not TensorFlow's own writers.
+    assert tf.summary.should_record_summaries().numpy() is np.False_
+    fit(make_model(), keras.callbacks.TensorBoard(tmp_path / "keras"))
+    assert events_of(tmp_path / "keras", "train").Tags()["tensors"]
+    fit(make_model(), monitor)
+    assert read(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "gone"), tf.errors.UnknownError])
+def test_whatever_the_file_system_raises_is_survived(tmp_path, monkeypatch, error):
+    if isinstance(error, type):
+        error = error(None, None, "gone")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(bn_callbacks.tensorboard.event_file.EventFile, "write", fail)
+    with pytest.warns(BatchNormWarning, match="Received: .*gone in "):
+        fit(make_model(), monitor_of(tmp_path), RecalibrateBatchNorm(X))
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "impossible"])
+def test_a_log_dir_that_cannot_be_shows_before_training(tmp_path, kind):
+    (tmp_path / "file").touch()
+    log_dir = {
+        "file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "logs",
+        "impossible": "/proc/self/logs",
+    }[kind]
+    model = make_model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"^`log_dir` must be .* Received: log_dir='"):
+        fit(model, monitor_of(log_dir))
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_of_a_fit_that_an_exception_has_ended_are_closed(tmp_path):
+    monitor, model = monitor_of(tmp_path, "batch"), make_model()
+
+    def stop(epoch, logs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, monitor, keras.callbacks.LambdaCallback(on_epoch_end=stop))
+    first = monitor._writer
+    assert first.is_open
+    assert read(tmp_path), "all that was written can be read already"
+    fit(model, monitor)
+    assert not first.is_open

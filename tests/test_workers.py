@@ -29,7 +29,7 @@ def result(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
     return json.loads(lines[-1].removeprefix("RESULT ")) if lines else None
 
 
-ALL = "same_data,own_data,failing_data,training_loop"
+ALL = "same_data,own_data,failing_data,training_loop,differing"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -93,6 +93,24 @@ def test_a_failure_of_one_worker_changes_nobody(
         assert "refine=-1" in said["option"]
 
 
+def test_workers_that_were_told_different_things_end_with_an_error(
+    results: list[dict[str, Any]],
+) -> None:
+    for result in results:
+        found = result["differing"]
+        assert found["same"] == "nothing"
+        assert found["intact"]
+        assert not found["files"]
+        assert found["took"] < 60
+        for name, said in found["said"].items():
+            assert said.startswith("RuntimeError: The workers do not all have"), name
+            assert "on worker 0, and" in said
+        assert (
+            "refine=0 on worker 0, and refine=2 on worker 1" in found["said"]["refine"]
+        )
+        assert "callback 1, DebiasBatchNorm on worker 1" in found["said"]["one more"]
+
+
 def test_the_callbacks_in_a_training_loop(results: list[dict[str, Any]]) -> None:
     chief, *others = (result["training_loop"] for result in results)
     assert chief["cause"] == "replicas_differ"
@@ -116,3 +134,13 @@ def test_a_dead_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
     assert "Another worker does not answer" in chief["dying"]["said"]
     assert chief["dying"]["intact"]
     assert chief["dying"]["took"] < 120
+
+
+def test_a_callback_on_the_chief_only_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    chief, other = run(2, "on_the_chief_only", tmp_path)
+    assert chief is not None
+    said = chief["on_the_chief_only"]
+    assert said["said"].startswith("RuntimeError: Worker 1 did not come to where the")
+    assert said["took"] < 60
+    assert other is not None
+    assert "did not come" in other["on_the_chief_only"]["said"]

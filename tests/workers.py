@@ -21,6 +21,7 @@ import tensorflow as tf
 from models import batch_norms, dense, normal, scatter, state, stored
 
 import bn_callbacks as bn
+import bn_callbacks.distribution
 
 TASK = json.loads(os.environ["TF_CONFIG"])
 INDEX = int(TASK["task"]["index"])
@@ -193,6 +194,56 @@ def training_loop(model: keras.Model) -> dict[str, Any]:
     }
 
 
+def differing(model: keras.Model) -> dict[str, Any]:
+    """Workers are told different things; all end with an error, and are as before."""
+    mine = INDEX == 1
+    logs = f"{sys.argv[2]}/differing"
+
+    def fit(*callbacks: keras.callbacks.Callback) -> str:
+        listed = keras.callbacks.CallbackList(
+            list(callbacks), model=model, epochs=1, steps=3
+        )
+        return failure(listed.on_train_begin)
+
+    before, begin = state(model), time.time()
+    recalibrate, monitor = bn.RecalibrateBatchNorm, bn.BatchNormMonitor
+    said = {
+        "refine": failure(lambda: bn.recalibrate(model, X, refine=2 * mine)),
+        "validation": failure(
+            lambda: bn.recalibrate(model, X, validation_data=(X, Y) if mine else None)
+        ),
+        "when": fit(recalibrate(X, when="validation" if mine else "epoch_end")),
+        "log_dir": fit(monitor(logs if mine else None)),
+        "update_freq": fit(monitor(logs, update_freq=7 if mine else "auto")),
+        "one more": fit(monitor(), *([bn.DebiasBatchNorm()] if mine else [])),
+        "order": fit(*[monitor(), bn.DebiasBatchNorm()][:: -1 if mine else 1]),
+    }
+    took = time.time() - begin
+    verbose = fit(monitor(f"{logs}/{INDEX}", verbose=INDEX), recalibrate(X + INDEX))
+    return {
+        "said": said,
+        "took": took,
+        "same": verbose,
+        "intact": state(model) == before,
+        "files": os.path.isdir(logs),
+    }
+
+
+def on_the_chief_only(model: keras.Model) -> dict[str, Any]:
+    """Only the chief has a callback; all of them end, and say why."""
+    bn_callbacks.distribution.PATIENCE = 5
+    strategy, begin = model.distribute_strategy, time.time()
+
+    def train() -> None:
+        if INDEX == 0:
+            callbacks = [bn.BatchNormMonitor()]
+            keras.callbacks.CallbackList(callbacks, model=model).on_train_begin()
+        ones = strategy.run(lambda: tf.ones(3))
+        strategy.reduce("SUM", ones, axis=None)
+
+    return {"said": failure(train), "took": time.time() - begin}
+
+
 def dying(model: keras.Model) -> dict[str, Any]:
     """A worker dies in the middle of a pass."""
 
@@ -218,7 +269,8 @@ if __name__ == "__main__":
         with strategy.scope():
             made = build()
         results[name] = globals()[name](made)
-        results[name]["stored"] = [part.tolist() for part in stored(made)[-1]]
+        if name != "on_the_chief_only":
+            results[name]["stored"] = [part.tolist() for part in stored(made)[-1]]
     print("RESULT " + json.dumps(results), flush=True)
     # TensorFlow waits for the other workers, and one of them may be dead.
     os._exit(0)

@@ -3,16 +3,15 @@
 import warnings
 from typing import Any
 
-import keras
-
-from bn_callbacks.callbacks.company import company, gather
-from bn_callbacks.layers import check_model, find, is_built
+from bn_callbacks.callbacks.base import BatchNormCallback
+from bn_callbacks.callbacks.company import company
+from bn_callbacks.layers import find, is_built
 from bn_callbacks.report import BatchNormWarning
 from bn_callbacks.start_values import StartValues
 from bn_callbacks.steps import StepCounter
 
 
-class DebiasBatchNorm(keras.callbacks.Callback):
+class DebiasBatchNorm(BatchNormCallback):
     """Debiases BN's moving averages before each validation and when training ends.
 
     After `t` updates the values that the averages began with still weigh `m^t`; this
@@ -49,14 +48,10 @@ class DebiasBatchNorm(keras.callbacks.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.params: dict[str, Any] | None = None
-        self._is_fitting = False
         self._starts: StartValues | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        check_model(self.model)
-        gather(self.model)
-        self._is_fitting = True
+        super().on_train_begin(logs)
         self._has_warned = self._has_news = False
         self._counter = StepCounter(self.model, self.params)
         before, self._starts = self._starts, None
@@ -89,7 +84,7 @@ class DebiasBatchNorm(keras.callbacks.Callback):
         self._end_epoch()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._is_fitting = False
+        super().on_train_end(logs)
         self._debias()
 
     def _find_starts(self) -> StartValues | None:

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
-
 from bn_callbacks.arguments import (
     check_verbose,
     is_positive,
@@ -16,14 +14,18 @@ from bn_callbacks.arguments import (
     shown,
 )
 from bn_callbacks.budget import Budget
-from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.callbacks.base import (
+    BatchNormCallback,
+    say_nothing_to_do,
+    warn_of_unknown,
+)
+from bn_callbacks.callbacks.company import company
 from bn_callbacks.clues import find_clues
 from bn_callbacks.examples import ExampleCounter
 from bn_callbacks.findings import Findings
 from bn_callbacks.layers import (
     Fingerprint,
     LayerSelection,
-    check_model,
     find,
     is_built,
     iterations,
@@ -52,7 +54,7 @@ WRITING_COST = 2e-3
 """Seconds that writing takes for each layer: a guess, until it has been timed."""
 
 
-class BatchNormMonitor(keras.callbacks.Callback):
+class BatchNormMonitor(BatchNormCallback):
     """Watches the moving statistics of BN layers and warns when they lag.
 
     Recovers the statistics of the batches from the moving averages themselves: two
@@ -111,6 +113,8 @@ class BatchNormMonitor(keras.callbacks.Callback):
         True
     """
 
+    _DATA = ("probe",)
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str] | None = None,
@@ -156,7 +160,6 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 "`max_charts` must be a number of layers, 0 or more. Received: "
                 f"max_charts={shown(max_charts)}."
             )
-        self.params: dict[str, Any] | None = None
         self.log_dir = log_dir
         self.update_freq = update_freq
         self.threshold = threshold
@@ -166,16 +169,18 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self.verbose = verbose
         self.max_charts = max_charts
         self.report: BatchNormReport | None = None
-        self._is_fitting = False
+        self._writer: ReportWriter | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        check_model(self.model)
-        gather(self.model)
+        super().on_train_begin(logs)
+        # That of a `fit` which an exception has ended.
+        self._close()
+        self._writer = None
         self.report = None
-        self._is_fitting = True
         self._windows: Windows | None = None
         self._probe: Probe | None = None
         self._gap: float | None = None
+        self._has_warned = False
         self._findings: Findings | None = None
         self._counter = StepCounter(self.model, self.params)
         self._first_epoch: int | None = None
@@ -184,9 +189,10 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._read_at: int | None = None
         self._written_at = 0
         self._is_chief = team_of(self.model).is_chief
-        self._writer: ReportWriter | None = None
-        if self.log_dir and self._is_chief:
-            self._writer = self._make_writer(self.log_dir)
+        if self.log_dir:
+            with team_of(self.model).agreed():
+                if self._is_chief:
+                    self._writer = self._make_writer(self.log_dir)
         if is_built(self.model):
             self._start()
 
@@ -194,9 +200,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
         # Loads dozens of modules, which who writes nothing does not need.
         from bn_callbacks.tensorboard import ReportWriter
 
-        return ReportWriter(
+        writer = ReportWriter(
             log_dir, int(self.max_charts), self.threshold, iterations(self.model)
         )
+        writer.check_directory()
+        return writer
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._first_epoch is None:
@@ -268,10 +276,13 @@ class BatchNormMonitor(keras.callbacks.Callback):
                 )
         if self.verbose and self._is_chief:
             print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
+        if report.unknown and self._is_chief and not self._has_warned:
+            self._has_warned = True
+            warn_of_unknown(report, self.params)
         self._tell(report, self._steps_left())
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._is_fitting = False
+        super().on_train_end(logs)
         if self._windows is None or self.report is None:
             self._close()
             return
@@ -295,10 +306,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._findings = Findings(self.threshold)
         if not layers:
             self.report = BatchNormReport()
-            print(
-                f"BatchNormMonitor: model {self.model.name!r} has no "
-                "BatchNormalization layer; there is nothing to watch."
-            )
+            say_nothing_to_do(self, "watch")
             return
         if self.probe is not None:
             unfrozen = [bn for bn in layers if bn.trainable]

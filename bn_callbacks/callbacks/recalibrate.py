@@ -1,29 +1,31 @@
 """`RecalibrateBatchNorm`: recalibrates in `fit`."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import keras
 
 from bn_callbacks.arguments import check_whole, is_word, shown
-from bn_callbacks.callbacks.company import company, gather
+from bn_callbacks.callbacks.base import BatchNormCallback, say_nothing_to_do
+from bn_callbacks.callbacks.company import company
 from bn_callbacks.layers import (
     LayerSelection,
-    Snapshot,
-    check_model,
     count_inputs,
     find,
+    give_back,
     is_built,
     iterations,
-    restore,
-    snapshot,
+    leave_evaluations,
+    lend,
     uses_ema,
+    watch_evaluations,
 )
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.recalibration import Recalibration, check_options
 from bn_callbacks.report import RecalibrationReport
 
 
-class RecalibrateBatchNorm(keras.callbacks.Callback):
+class RecalibrateBatchNorm(BatchNormCallback):
     """Recalibrates a model's BN statistics in `fit`, for export or validation.
 
     See `recalibrate` for what is done. Unfrozen BN layers train on the statistics of
@@ -76,6 +78,8 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         True
     """
 
+    _DATA = ("x", "validation_data")
+
     def __init__(
         self,
         x: Any,
@@ -110,40 +114,46 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
         self.when = when
         self.verbose = verbose
         self.report: RecalibrationReport | None = None
-        self._is_fitting = False
-        self._batches: Batches | None = None
-        self._saved: Snapshot | None = None
+        self._batches: list[Batches] = []
+        self._recalibrations: dict[bool, Recalibration] = {}
+        self._has_nothing_to_do = False
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        # A loop of the user's own may have ended without `on_test_end`.
+        give_back(model, is_late=True)
+        leave_evaluations(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        check_model(self.model)
-        gather(self.model)
+        super().on_train_begin(logs)
         self.report = None
-        self._is_fitting = True
-        self._recalibrations: dict[bool, Recalibration] = {}
-        self._saved = None
+        self._recalibrations = {}
+        self._has_nothing_to_do = False
         if is_built(self.model):
             # What is wrong with the arguments shows before hours of training.
             self._prepare()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         company(self.model).recalibrates = True
+        if self.when == "validation":
+            watch_evaluations(self.model)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._is_fitting and self.when == "validation":
-            self._saved = snapshot(find(self.model))
-            self._recalibrate(is_brief=True)
+            with lend(self.model):
+                self._recalibrate(is_brief=True)
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._saved is not None:
-            restore(self._saved)
-            self._saved = None
+        if self._is_fitting:
+            give_back(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self.when == "epoch_end":
             self._recalibrate(is_brief=True)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        self._is_fitting = False
+        super().on_train_end(logs)
+        leave_evaluations(self.model)
         # The last epoch's end has done it, unless it was brief or averaged weights have
         # come in since.
         is_done = self.when == "epoch_end" and self.tolerance != "auto"
@@ -151,20 +161,34 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
             self._recalibrate()
         self._recalibrations = {}
 
-    def _prepare(self, is_brief: bool = False) -> Recalibration:
+    def _copied(self, copied: Callable[[Any], Any]) -> BatchNormCallback:
+        new = super()._copied(copied)
+        if isinstance(self.x, Iterator) and isinstance(new, RecalibrateBatchNorm):
+            # What one of them has read of a generator, the others cannot read again.
+            new._batches = self._batches
+        return new
+
+    def _prepare(self, is_brief: bool = False) -> Recalibration | None:
+        """The recalibration; None for a model without BN layers."""
         is_brief = is_brief and self.tolerance == "auto"
-        if is_brief not in self._recalibrations:
-            if self._batches is None:
+        if is_brief not in self._recalibrations and not self._has_nothing_to_do:
+            if not find(self.model):
+                self._has_nothing_to_do = True
+                say_nothing_to_do(self, "recalibrate")
+                return None
+            if not self._batches:
                 # Kept, since a generator can be read only once.
-                self._batches = Batches(
-                    self.x,
-                    batch_size=self.batch_size,
-                    steps=self.steps,
-                    inputs=count_inputs(self.model),
+                self._batches.append(
+                    Batches(
+                        self.x,
+                        batch_size=self.batch_size,
+                        steps=self.steps,
+                        inputs=count_inputs(self.model),
+                    )
                 )
             self._recalibrations[is_brief] = Recalibration(
                 self.model,
-                self._batches,
+                self._batches[0],
                 tolerance=None if self.tolerance == "auto" else self.tolerance,
                 refine=self.refine,
                 dropout=self.dropout,
@@ -172,12 +196,15 @@ class RecalibrateBatchNorm(keras.callbacks.Callback):
                 validation_data=self.validation_data,
                 is_brief=is_brief,
             )
-        return self._recalibrations[is_brief]
+        return self._recalibrations.get(is_brief)
 
     def _recalibrate(self, is_brief: bool = False) -> None:
+        recalibration = self._prepare(is_brief)
+        if recalibration is None:
+            return
         if self.verbose:
             print("\nRecalibrating BatchNormalization")
-        self.report = self._prepare(is_brief).run(self.verbose)
+        self.report = recalibration.run(self.verbose)
         writer = company(self.model).writer
         if writer is not None:
             writer.mark(self.report, iterations(self.model))

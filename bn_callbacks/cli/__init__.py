@@ -8,8 +8,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+from bn_callbacks.cli.ending import (
+    Terminated,
+    heeding_signals,
+    lenient_streams,
+    say,
+)
 from bn_callbacks.cli.errors import one_line
 from bn_callbacks.cli.options import parse
 from bn_callbacks.cli.paths import check_paths
@@ -17,38 +23,69 @@ from bn_callbacks.cli.paths import check_paths
 ERROR = 2
 INTERRUPTED = 130
 """What shells give a command that Ctrl-C has ended."""
+SIGNALLED = 128
+"""What shells add to the number of any other signal."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def program() -> NoReturn:
+    """Runs the command of this process, and ends it."""
+    sys.exit(main(is_program=True))
+
+
+def main(arguments: Sequence[str] | None = None, *, is_program: bool = False) -> int:
     """Runs a command.
 
     Args:
         arguments: The command and its options; those of the process by default.
+        is_program: Whether the process ends with it.
 
     Returns:
         The exit status: 0, or 1 where there are findings, or 2 after an error, or 130
-        after Ctrl-C. One line on stderr tells of an error.
+        after Ctrl-C, or 143 after SIGTERM. One line on stderr tells of an error. Once
+        the output is written, it is 0 whatever comes after that.
     """
     options = parse(arguments)
+    options.written = []
+    with heeding_signals(is_program=is_program), lenient_streams() as out:
+        options.out = out
+        status = _run(options)
+        out.flush()
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            say(f"cannot write to stdout: {out.error.strerror}")
+            status = status if options.written else ERROR
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         # What is wrong with a path shows before TensorFlow's seconds of import.
         check_paths(options)
-        options.out = sys.stdout
         with _one_line_warnings(), _quiet_stdout(options):
             _import_tensorflow(options.debug)
             command = importlib.import_module(f"{__name__}.{options.command}")
             status: int = command.run(options)
     except KeyboardInterrupt:
-        return _fail("interrupted, no output was written", INTERRUPTED)
+        return _stopped(options, "interrupted", INTERRUPTED)
+    except Terminated as stop:
+        return _stopped(options, str(stop), SIGNALLED + stop.number)
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        return _fail(one_line(error), ERROR)
+        text = one_line(error)
+        if options.written:
+            say(f"{options.written[-1]} was written. After that: {text}")
+            return 0
+        say(text)
+        return ERROR
     return status
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"bn-callbacks: {message}", file=sys.stderr)
+def _stopped(options: argparse.Namespace, how: str, status: int) -> int:
+    """What is said, and the exit status, follow what is on the disk."""
+    if options.written:
+        say(f"{how}, but {options.written[-1]} was written before, as a whole")
+        return 0
+    say(f"{how}, no output was written")
     return status
 
 
@@ -62,7 +99,7 @@ def _quiet_stdout(options: argparse.Namespace) -> Any:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any) -> None:
-        print(f"bn-callbacks: note: {' '.join(str(message).split())}", file=sys.stderr)
+        say(f"note: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

@@ -19,6 +19,7 @@ REMEDIES = {
 
 # What the messages of TensorFlow say of graphs that the user has never seen.
 _NOISE = re.compile(
+    r"\x1b\[[0-9;]*m|"  # Colours.
     r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:\w+\]( name:)?|Traceback \(most recent .*",
     re.DOTALL,
 )

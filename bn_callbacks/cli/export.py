@@ -12,6 +12,7 @@ from bn_callbacks.cli.models import load
 from bn_callbacks.cli.recalibrate import recalibrate, say_result
 from bn_callbacks.cli.serving import expect, export_saved_model, verify
 from bn_callbacks.cli.writing import cannot_write, replacing
+from bn_callbacks.names import printable
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,12 +25,12 @@ def run(options: argparse.Namespace) -> int:
         # Before the export, which is then not its own witness.
         expected = expect(model, batches)
         try:
-            with replacing(path) as new:
+            with replacing(path, options.written) as new:
                 export_saved_model(model, new)
                 proof = verify(new, expected)
         except tf.errors.OpError as error:
             raise cannot_write(path, text_of(error)) from error
-        done = f"Exported to {path}. {proof}"
+        done = f"Exported to {printable(str(path))}. {proof}"
         facts["verified"] = dataclasses.asdict(proof)
     say_result(report, options, done, facts)
     return 0 if report.committed else 1

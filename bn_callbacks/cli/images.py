@@ -2,13 +2,15 @@
 
 import contextlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import keras
 import tensorflow as tf
 
-from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.cli.explained import Explained
 from bn_callbacks.layers import InputLayout
 
 COLOURS = {1: "grayscale", 3: "rgb", 4: "rgba"}
@@ -54,7 +56,18 @@ def read_images(
             f"There are no images in {directory}: {error} Put those of each class into "
             "a directory of its own in it."
         ) from error
-    return dataset, note
+    return Explained(dataset, lambda: _first_damaged(dataset.file_paths)), note
+
+
+def _first_damaged(paths: Iterable[str]) -> str | None:
+    """What is wrong with the first image that cannot be decoded."""
+    path = ""
+    try:
+        for path in paths:
+            tf.io.decode_image(tf.io.read_file(path), expand_animations=False)
+    except tf.errors.OpError as error:
+        return f"{path} is no image, or damaged: {text_of(error)}"
+    return None
 
 
 def _image_size(layout: InputLayout | None, directory: Path) -> tuple[int, int, int]:

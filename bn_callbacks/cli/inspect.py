@@ -15,6 +15,7 @@ from bn_callbacks.auditing import audit
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.sources import open_data
 from bn_callbacks.layers import BatchNormLayer, find, read
+from bn_callbacks.names import printable
 from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
 from bn_callbacks.statistics.causes import HEALTHY, NON_FINITE
 from bn_callbacks.statistics.diagnosis import GAP_LIMIT
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(_as_json(options.model, layers, report, findings), file=options.out)
     else:
-        print(_as_text(options.model, layers, report, findings))
+        print(_as_text(printable(options.model), layers, report, findings))
     return 1 if findings else 0
 
 

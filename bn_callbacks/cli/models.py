@@ -1,16 +1,21 @@
 """Loading saved models, and what to do about those that cannot be loaded."""
 
+import contextlib
 import inspect
 import json
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 
 from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.modules import import_module
+from bn_callbacks.cli.patching import WEIGHTS
 from bn_callbacks.layers import check_model
 
 _UNKNOWN = re.compile(r"Could not (?:locate|deserialize) (?:class|function) '([^']+)'")
@@ -26,7 +31,9 @@ _DAMAGED = (
 )
 
 
-def load(path: str, custom_objects: str | None, *, is_trusted: bool) -> keras.Model:
+def load(
+    path: str | Path, custom_objects: str | None, *, is_trusted: bool
+) -> keras.Model:
     """Loads a saved model, compiled as it was.
 
     Args:
@@ -39,13 +46,42 @@ def load(path: str, custom_objects: str | None, *, is_trusted: bool) -> keras.Mo
     """
     objects = _public_objects(custom_objects) if custom_objects else {}
     try:
-        model = keras.saving.load_model(
-            path, custom_objects=objects, safe_mode=not is_trusted
-        )
+        with _policy_of_training(path):
+            model = keras.saving.load_model(
+                path, custom_objects=objects, safe_mode=not is_trusted
+            )
     except Exception as error:
         raise CommandError(f"{path} {_reason(error)}") from error
     check_model(model)
     return model
+
+
+@contextlib.contextmanager
+def _policy_of_training(path: str | Path) -> Iterator[None]:
+    """Loads a model that was trained under `mixed_float16` under that policy again.
+
+    Only then Keras scales the loss, and knows what to do with the saved state of the
+    optimizer. Without it, that is dropped, and with it the count of steps.
+    """
+    before = keras.mixed_precision.dtype_policy()
+    if _has_scaled_loss(path):
+        keras.mixed_precision.set_dtype_policy("mixed_float16")
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_dtype_policy(before)
+
+
+def _has_scaled_loss(path: str | Path) -> bool:
+    """Whether Keras has put an optimizer into a `LossScaleOptimizer` by itself."""
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+        optimizer = (config.get("compile_config") or {}).get("optimizer")
+        is_explicit = "LossScaleOptimizer" in json.dumps(optimizer)
+        if not optimizer or is_explicit or WEIGHTS not in archive.namelist():
+            return False
+        with archive.open(WEIGHTS) as member, h5py.File(member) as file:
+            return "optimizer/inner_optimizer" in file
 
 
 def _public_objects(name: str) -> dict[str, Any]:
@@ -66,10 +102,31 @@ def _reason(error: Exception) -> str:
             "defines it: --custom-objects MODULE."
         )
     if _UNSAFE.search(text):
-        return (
-            "holds Python code (a Lambda layer), which safe mode does not run. If you "
-            "trust where the file comes from, pass --unsafe."
-        )
+        return _refused(text)
     if isinstance(error, _DAMAGED):
         return f"is damaged: {text_of(error)}. Copy or save it again."
     return f"cannot be loaded. Keras says: {text_of(error)}."
+
+
+def _refused(text: str) -> str:
+    """What safe mode has refused, and what to do that does not switch it off."""
+    if "TFSMLayer" in text:
+        return (
+            "holds a TFSMLayer, which runs a SavedModel that lies outside the file and "
+            "whose layers cannot be told apart. Pass the .keras file that the "
+            "SavedModel was exported from."
+        )
+    if "vocabulary" in text.lower():
+        return (
+            "wants to read a vocabulary file that lies outside of it, which may be any "
+            "file of this machine. Build the layer with the list of words in place of "
+            "the name of a file, and save the model again."
+        )
+    if "lambda" in text.lower():
+        return (
+            "holds Python code (a Lambda layer), which safe mode does not run. Write "
+            "it as a layer of your own and pass its module: --custom-objects MODULE. "
+            "Only if you have made the file yourself, pass --unsafe."
+        )
+    said = " ".join(re.split(r"If you trust", text)[0].split())
+    return f"holds what Keras' safe mode refuses to load. Keras says: {said}"

@@ -1,11 +1,28 @@
 """The user's own Python modules, named on the command line."""
 
 import importlib
+import importlib.machinery
+import importlib.util
 import os
 import sys
 from types import ModuleType
 
 from bn_callbacks.cli.errors import CommandError, text_of
+
+
+def _prefer(directory: str, name: str) -> None:
+    """Imports a module from a directory, if it is there and not one of Python's own."""
+    if name in sys.modules or name in sys.stdlib_module_names:
+        return
+    spec = importlib.machinery.PathFinder.find_spec(name, [directory])
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
 
 
 def import_module(name: str) -> ModuleType:
@@ -16,8 +33,10 @@ def import_module(name: str) -> ModuleType:
     """
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)
+        # At the end: a file here must not come before what others import later on.
+        sys.path.append(here)
     try:
+        _prefer(here, name.partition(".")[0])
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
+from bn_callbacks.names import printable
+
 DEMO_EPOCHS = 5
 WIDTH = 79
 
@@ -23,7 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # What was received may have lines of its own.
-        line = " ".join(message.split())
+        line = printable(" ".join(message.split()))
         self.exit(2, f"{self.prog}: {line}. See {self.prog} --help.\n")
 
 

@@ -1,16 +1,21 @@
 """What the names of files and directories give away before anything is loaded."""
 
 import argparse
+import contextlib
 import os
-import zipfile
+import tempfile
 from pathlib import Path
 
+from bn_callbacks.cli.archives import check_archive
 from bn_callbacks.cli.errors import CommandError
 
 
 def check_paths(options: argparse.Namespace) -> None:
     """Raises a CommandError for a MODEL or an output that cannot work."""
     if options.command == "demo":
+        _check_log_dir(Path(options.log_dir))
+        if options.model is not None:
+            _check_file(Path(options.model))
         return
     model = Path(options.model)
     _check_model(model)
@@ -54,14 +59,13 @@ def _check_model(path: Path) -> None:
         raise CommandError(
             f"{path} cannot be read: permission denied. Pass a copy that is yours."
         )
-    if not zipfile.is_zipfile(path):
-        raise CommandError(
-            f"{path} is damaged, or no .keras file: it is no zip archive. Copy or save "
-            "it again."
-        )
-    with zipfile.ZipFile(path) as archive:
-        if "config.json" not in archive.namelist():
-            raise CommandError(f"There is no Keras model in {path}. {wanted}")
+    check_archive(path)
+
+
+def _check_log_dir(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise CommandError(f"{path} is no directory. Name one for TensorBoard's files.")
+    _check_parent(path / "file")
 
 
 def _check_file(path: Path) -> None:
@@ -69,20 +73,53 @@ def _check_file(path: Path) -> None:
         raise CommandError(
             f"The name of the output must end in .keras. Received: {path}"
         )
+    target = path.resolve()
+    if path.is_symlink() and target.suffix != ".keras":
+        raise CommandError(
+            f"{path} is a link to {target}, whose name does not end in .keras. Name "
+            "another file."
+        )
     if path.is_dir():
         raise CommandError(f"{path} is a directory. Name a file.")
+    if path.exists() and not path.is_file():
+        raise CommandError(
+            f"{path} is no file, but a pipe, a socket or a device, into which no model "
+            "can be saved. Name a file."
+        )
+    _check_mount(target)
     _check_parent(path)
 
 
 def _check_new_directory(path: Path) -> None:
+    target = path.resolve()
     if path.exists() and not path.is_dir():
-        raise CommandError(f"{path} is a file. Name a directory to make.")
+        kind = "a file" if path.is_file() else "no directory"
+        raise CommandError(f"{path} is {kind}. Name a directory to make.")
     if path.exists() and any(path.iterdir()):
         raise CommandError(
             f"{path} is not empty. Name a directory to make, such as the model's next "
             "version."
         )
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise CommandError(
+            f"{path} is where this command runs, and cannot be replaced. Name a "
+            "directory to make, such as serving/1."
+        )
+    _check_mount(target)
     _check_parent(path)
+
+
+def _check_mount(path: Path) -> None:
+    """What is mounted, as a volume of a container, cannot be replaced by another."""
+    mounts = set()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
+        mounts = {line.split()[4].replace("\\040", " ") for line in lines}
+    if os.path.ismount(path) or str(path) in mounts:
+        raise CommandError(
+            f"{path} is a mount point, and cannot be replaced. Name something in a "
+            "mounted directory."
+        )
 
 
 def _check_parent(path: Path) -> None:
@@ -97,6 +134,14 @@ def _check_parent(path: Path) -> None:
         raise CommandError(
             f"The directory {parent} is read-only. Choose another for the output."
         )
+    try:
+        # Root may write everywhere, it is said, and cannot; nor can long names be.
+        with tempfile.NamedTemporaryFile(dir=parent, suffix=path.name[-200:]):
+            pass
+    except OSError as error:
+        raise CommandError(
+            f"Cannot write {path}: {error.strerror}. Name another place."
+        ) from error
 
 
 def _are_same(one: Path, other: Path) -> bool:

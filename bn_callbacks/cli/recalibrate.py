@@ -9,23 +9,31 @@ from typing import Any
 import keras
 
 from bn_callbacks.cli.models import load
+from bn_callbacks.cli.patching import SavedStatistics
 from bn_callbacks.cli.sources import open_data
 from bn_callbacks.cli.writing import replacing
 from bn_callbacks.layers import count_inputs
 from bn_callbacks.measuring.data import Batches
+from bn_callbacks.names import printable
 from bn_callbacks.recalibration import Recalibration
 from bn_callbacks.report import RecalibrationReport, plain
 
 
 def run(options: argparse.Namespace) -> int:
     """Recalibrates and saves; returns 1 if the old statistics were better."""
-    model = load(options.model, options.custom_objects, is_trusted=options.unsafe)
+
+    def load_again(path: Path) -> keras.Model:
+        return load(path, options.custom_objects, is_trusted=options.unsafe)
+
+    source = Path(options.model)
+    model = load_again(source)
+    saved = SavedStatistics(source, model, load_again)
     report, _ = recalibrate(model, options)
-    path = Path(options.model if options.in_place else options.output)
+    path = source if options.in_place else Path(options.output)
     if report.committed:
-        with replacing(path) as new:
-            model.save(new)
-    say_result(report, options, f"Saved {path}.", {"output": str(path)})
+        with replacing(path, options.written) as new:
+            saved.write(new)
+    say_result(report, options, f"Saved {printable(str(path))}.", {"output": str(path)})
     return 0 if report.committed else 1
 
 
@@ -52,7 +60,8 @@ def recalibrate(
     # Keras' progress bar is for terminals only: elsewhere it writes endless lines.
     shows_bar = sys.stdout.isatty() and not options.json
     if not options.json and not shows_bar:
-        print(f"Recalibrating {options.model} with {options.data}", flush=True)
+        names = f"{options.model} with {options.data}"
+        print(f"Recalibrating {printable(names)}", flush=True)
     report = recalibration.run(1 if shows_bar else 0)
     if not options.json:
         before = f"Before:\n\n{report.before}\n"
@@ -78,15 +87,9 @@ def say_result(
     if options.json:
         if not report.committed:
             facts = dict.fromkeys(facts)
-        content = {"model": options.model, **as_dict(report), **facts}
+        content = {"model": options.model, **report.to_dict(), **facts}
         print(json.dumps(plain(content), indent=2), file=options.out)
     elif report.committed:
         print(done)
     else:
         print("Nothing was written: recalibration would raise the validation loss.")
-
-
-def as_dict(report: RecalibrationReport) -> dict[str, Any]:
-    """A report as plain Python values."""
-    fields = {name: value for name, value in vars(report).items() if name[0] != "_"}
-    return {**fields, "before": report.before.to_dict()}

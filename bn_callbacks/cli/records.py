@@ -1,18 +1,36 @@
 """TFRecord files, and the specification of what their examples hold."""
 
+import contextlib
 import glob
+import gzip
+import itertools
 import json
-from collections.abc import Sequence
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from bn_callbacks.cli.arrays import as_fit_takes_them
-from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.cli.explained import Explained
 from bn_callbacks.layers import InputLayout
 
+_HEADER, _FOOTER = 12, 4
+"""Bytes before a record, its length first, and after it."""
+
+MAX_RECORD = 2**32
+"""Bytes of a record: more than fits into a message of protocol buffers."""
+
 ENCODINGS = ("raw", "tensor", "image")
+
+MAX_ELEMENTS = 2**28
+"""Numbers in a feature of one example: a gigabyte, where TensorFlow asks for memory
+without looking whether there is any."""
 
 EXAMPLE = (
     '{"inputs": {"image": {"shape": [28, 28, 1], "dtype": "float32"}}, '
@@ -45,13 +63,15 @@ class Feature:
             )
             is_right &= self.encoding != "image" or len(self.shape) == 3
             is_right &= set(spec) <= {"shape", "dtype", "encoding"}
+            is_right &= math.prod(self.shape) <= MAX_ELEMENTS
         except (KeyError, TypeError, ValueError, AttributeError):
             is_right = False
         if not is_right:
             raise CommandError(
                 f"The feature {name!r} needs a shape of whole numbers, a dtype, and "
                 "where it is stored as bytes an encoding: "
-                f"{', '.join(ENCODINGS)}. Received: {spec!r}."
+                f"{', '.join(ENCODINGS)}. An example has {MAX_ELEMENTS:,} numbers at "
+                f"most. Received: {spec!r}."
             )
 
     @property
@@ -78,9 +98,13 @@ class Feature:
 
 
 def read_records(
-    pattern: str, spec: str, layout: InputLayout | None, outputs: Sequence[str]
-) -> tf.data.Dataset:
-    """Examples of TFRecord files, one by one, as `fit` takes them.
+    pattern: str,
+    spec: str,
+    layout: InputLayout | None,
+    outputs: Sequence[str],
+    batch_size: int,
+) -> Explained:
+    """Examples of TFRecord files, in batches, as `fit` takes them.
 
     Args:
         pattern: A file, a directory of files, or a pattern such as `train-*.tfrecord`;
@@ -89,6 +113,7 @@ def read_records(
             features, if their names tell which is which as those of arrays do.
         layout: What the model takes.
         outputs: Names of the model's outputs.
+        batch_size: Examples a batch.
 
     Raises:
         CommandError: There are no files, or the specification is not as it should be.
@@ -124,8 +149,60 @@ def read_records(
         )
 
     compression = "GZIP" if all(name.endswith(".gz") for name in files) else None
+    for name in files:
+        _check_lengths(name, compression is not None)
     records = tf.data.TFRecordDataset(files, compression_type=compression)
-    return records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    return Explained(
+        examples.batch(batch_size), lambda: _first_damaged(files, compression, parse)
+    )
+
+
+def _check_lengths(name: str, is_compressed: bool) -> None:
+    """Looks at the length that each record declares, for TensorFlow takes it as true.
+
+    Raises:
+        CommandError: TensorFlow would ask for memory that no file can fill.
+    """
+    with contextlib.ExitStack() as stack:
+        opened: Any = gzip.open if is_compressed else open
+        file = stack.enter_context(opened(name, "rb"))
+        # What is no archive, or a torn one, TensorFlow names itself.
+        stack.enter_context(contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error))
+        for number in itertools.count():
+            header = file.read(_HEADER)
+            if len(header) < _HEADER:
+                return
+            (length,) = struct.unpack_from("<Q", header)
+            if length > MAX_RECORD:
+                raise CommandError(
+                    f"The data are damaged: record {number} of {name} (counted from 0) "
+                    f"claims to have {length:,} bytes (at most: {MAX_RECORD:,}). Write "
+                    "the file again."
+                )
+            file.seek(length + _FOOTER, os.SEEK_CUR)
+
+
+def _first_damaged(
+    files: Sequence[str], compression: str | None, parse: Callable[[Any], Any]
+) -> str | None:
+    """What is wrong with the first record that cannot be read or parsed."""
+    for name in files:
+        number = -1
+        try:
+            for example in tf.data.TFRecordDataset(name, compression_type=compression):
+                number += 1
+                parse(example)
+        except tf.errors.DataLossError as error:
+            return (
+                f"{text_of(error)}, in record {number + 1} of {name} (counted from 0)"
+            )
+        except tf.errors.OpError as error:
+            return (
+                f"{text_of(error)}, in record {number} of {name} (counted from 0), "
+                "which is not what --features says"
+            )
+    return None
 
 
 def _roles(names: Sequence[str], letter: str, own: Sequence[str]) -> dict[str, str]:

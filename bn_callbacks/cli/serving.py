@@ -1,11 +1,11 @@
 """A SavedModel of a model, and the proof that it computes the same."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bn_callbacks.cli import served
 from bn_callbacks.cli.errors import CommandError, text_of
+from bn_callbacks.cli.writing import temporary_folder
 from bn_callbacks.layers import (
     compute_precision,
     forward,
@@ -35,6 +36,9 @@ BOUND = 1e-3
 
 ROUNDING = 32
 """Rounding errors that an output may have beside that: machine epsilons of itself."""
+
+PACKAGES = ("bn_callbacks", "tensorflow", "numpy")
+"""What the process that serves imports."""
 
 Arrays = list[NDArray[Any]]
 
@@ -155,21 +159,19 @@ def verify(path: Path, expected: Expectation) -> Proof:
 
 def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:
     """What a SavedModel computes in a process of its own."""
-    package = str(Path(served.__file__).parents[2])
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [package, os.environ.get("PYTHONPATH")])
-        ),
         "CUDA_VISIBLE_DEVICES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    with tempfile.TemporaryDirectory() as directory:
-        given, results = Path(directory, "given.npz"), Path(directory, "results.npz")
+    with temporary_folder() as folder:
+        given, results = folder / "given.npz", folder / "results.npz"
         served.save(given, inputs)
         done = subprocess.run(
-            [sys.executable, "-m", served.__name__, path, given, results],
+            # Isolated: whatever lies in the working directory is not imported.
+            [sys.executable, "-I", "-c", _START, *_homes(), "--", path, given, results],
             env=environment,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=False,
@@ -181,6 +183,26 @@ def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:
                 f"removed. It says: {lines[-1]}"
             )
         return served.load(results)
+
+
+_START = f"""
+import runpy, sys
+end = sys.argv.index("--")
+sys.path += [path for path in sys.argv[1:end] if path not in sys.path]
+del sys.argv[1:end + 1]
+runpy.run_module({served.__name__!r}, run_name="__main__", alter_sys=True)
+"""
+"""What the process runs; our own places come after those of Python itself."""
+
+
+def _homes() -> list[str]:
+    """Where this process has its packages from."""
+    origins = [
+        str(getattr(importlib.util.find_spec(name), "origin", "")) for name in PACKAGES
+    ]
+    homes = [str(Path(origin).parents[1]) for origin in origins]
+    homes += [path for path in sys.path if path.endswith("-packages")]
+    return list(dict.fromkeys(map(os.path.abspath, homes)))
 
 
 def _difference(

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import re
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from bn_callbacks.cli.arrays import read_arrays
+from bn_callbacks.cli.ending import say
 from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.images import read_images
 from bn_callbacks.cli.modules import import_module
@@ -54,7 +54,7 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
     if path.is_file() and path.suffix in (".npz", ".npy"):
         x, unused = read_arrays(path, layout, outputs)
         if unused:
-            _say(f"of {text}, {', '.join(unused)} will not be used")
+            say(f"note: of {text}, {', '.join(unused)} will not be used")
         return Data(x, batch_size)
     if (path / "dataset_spec.pb").is_file():
         try:
@@ -67,7 +67,7 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
     if path.is_dir() and not is_records:
         images, note = read_images(path, model, layout, batch_size or BATCH_SIZE)
         if note:
-            _say(note)
+            say(f"note: {note}")
         return Data(images)
     if named:
         x = _call(*named.groups())
@@ -75,8 +75,8 @@ def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Dat
             return Data(_in_batches(x, layout, batch_size))
         return Data(x, batch_size)
     if options.features is not None:
-        records = read_records(text, options.features, layout, outputs)
-        return Data(records.batch(batch_size or BATCH_SIZE))
+        size = batch_size or BATCH_SIZE
+        return Data(read_records(text, options.features, layout, outputs, size))
     if is_records:
         raise CommandError(
             f"{text} looks like TFRecord files: --features SPEC.json has to say what "
@@ -134,7 +134,3 @@ def _is_example(spec: Any, shape: tuple[int | None, ...]) -> bool:
         return False
     pairs = zip(spec.shape, itertools.islice(shape, 1, None), strict=True)
     return all(wanted is None or size == wanted for size, wanted in pairs)
-
-
-def _say(note: str) -> None:
-    print(f"bn-callbacks: note: {note}", file=sys.stderr)

@@ -2,23 +2,37 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
+import stat
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bn_callbacks.cli.errors import CommandError
 
+_PREFIX = "bn-callbacks-"
+_TEMPORARY = re.compile(rf"\.?{_PREFIX}(?P<host>[0-9a-f]+)-(?P<process>\d+)-.*")
+
+_ours: set[str] = set()
+"""Temporary names that this process uses now."""
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, written: list[Path] | None = None) -> Iterator[Path]:
     """Gives a new name beside `path`; what is written there then takes its place.
 
     It does so in one step, and only if the block has ended well and the disk holds all
     of it. Otherwise, after Ctrl-C too, `path` is as before and the new name is gone.
+    Until then nobody else can read it. What is replaced leaves its owner, its mode and
+    its extended attributes, as far as that is permitted.
 
     Args:
         path: A file, which may exist, or a directory, which may exist if it is empty.
+        written: Gets `path` as soon as it is in its place, whatever happens then.
 
     Returns:
         A context manager that gives the new name, which ends as that of `path` does.
@@ -28,23 +42,57 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     # Not the link, but the file that it leads to, is replaced.
     target = path.resolve()
-    new = target.with_name(f".bn-callbacks-{secrets.token_hex(4)}{target.suffix}")
+    new = target.with_name(f".{_name()}{target.suffix}")
     missing = [parent for parent in target.parents if not parent.exists()]
+    _ours.add(new.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        if target.is_file():
-            shutil.copymode(target, new)
+        sweep(target.parent)
+        with _private() as mask:
+            yield new
+        _give_modes(new, target, mask)
         _flush(new)
-        os.replace(new, target)
+        identity = new.stat().st_ino
+        try:
+            os.replace(new, target)
+        finally:
+            if written is not None and _is(target, identity):
+                written.append(path)
     except OSError as error:
         _remove(new, missing)
         raise cannot_write(path, str(error.strerror or error)) from error
     except BaseException:
         _remove(new, missing)
         raise
+    finally:
+        _ours.discard(new.name)
     for directory in {target.parent, *(parent.parent for parent in missing)}:
         _flush_entry(directory)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for what nobody else is to read; gone when the block ends."""
+    folder = Path(tempfile.gettempdir(), _name())
+    _ours.add(folder.name)
+    sweep(folder.parent)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _ours.discard(folder.name)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what processes of ours have left that have died without cleaning up."""
+    if os.name == "nt":  # Where asking whether a process lives would end it.
+        return
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and path.name not in _ours and _is_left(path, match):
+                _remove(path, [])
 
 
 def cannot_write(path: Path, reason: str) -> CommandError:
@@ -53,6 +101,79 @@ def cannot_write(path: Path, reason: str) -> CommandError:
         f"Cannot write {path}: {reason}. Nothing was left behind. Make room, or write "
         "to another place."
     )
+
+
+def _name() -> str:
+    return f"{_PREFIX}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _host() -> str:
+    name = os.uname().nodename if hasattr(os, "uname") else ""
+    return f"{zlib.crc32(name.encode()):08x}"
+
+
+def _is_left(path: Path, match: re.Match[str]) -> bool:
+    if match["host"] != _host() or path.lstat().st_uid != os.geteuid():
+        return False
+    if int(match["process"]) == os.getpid():
+        return True  # Of one that had the same number, as the first of a container.
+    try:
+        os.kill(int(match["process"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[int]:
+    """Whatever is made inside is for its owner alone. Gives the mask from before."""
+    mask = os.umask(0o077)
+    try:
+        yield mask
+    finally:
+        os.umask(mask)
+
+
+def _give_modes(new: Path, target: Path, mask: int) -> None:
+    """Gives what is new the modes that it is to have."""
+    for directory, _, names in os.walk(new):
+        for name in names:
+            os.chmod(Path(directory, name), 0o666 & ~mask)
+        os.chmod(directory, 0o777 & ~mask)
+    if not new.is_dir():
+        os.chmod(new, 0o666 & ~mask)
+    if target.exists():
+        _take_over(target, new)
+
+
+def _take_over(target: Path, new: Path) -> None:
+    """Owner, mode and extended attributes of what is replaced."""
+    old, mine = target.stat(), new.stat()
+    mode = stat.S_IMODE(old.st_mode)
+    chown: Any = getattr(os, "chown", None)
+    if chown is not None and (old.st_uid, old.st_gid) != (mine.st_uid, mine.st_gid):
+        for owner in (old.st_uid, -1):
+            with contextlib.suppress(OSError):
+                chown(new, owner, old.st_gid)
+                break
+        if new.stat().st_gid != old.st_gid:
+            # What its group might do is not for another one.
+            mode &= ~0o070 | (mode & 0o007) << 3
+    if hasattr(os, "listxattr"):
+        with contextlib.suppress(OSError):
+            for name in os.listxattr(target):
+                with contextlib.suppress(OSError):
+                    os.setxattr(new, name, os.getxattr(target, name))
+    os.chmod(new, mode)
+
+
+def _is(path: Path, identity: int) -> bool:
+    try:
+        return path.stat().st_ino == identity
+    except OSError:
+        return False
 
 
 def _flush(path: Path) -> None:
@@ -70,7 +191,7 @@ def _flush_entry(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows has no handle to wait on.
         return
     # Windows flushes only what is open for writing.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,7 +199,7 @@ def _flush_entry(path: Path) -> None:
 
 
 def _remove(path: Path, parents: Sequence[Path]) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from bn_callbacks.layers.facts import (
 from bn_callbacks.layers.find import (
     BatchNormLayer,
     LayerSelection,
+    check_keras,
     check_model,
     find,
     is_built,
@@ -29,6 +30,12 @@ from bn_callbacks.layers.inputs import (
     input_layout,
     takes_any_batch,
     to_model_inputs,
+)
+from bn_callbacks.layers.lending import (
+    give_back,
+    leave_evaluations,
+    lend,
+    watch_evaluations,
 )
 from bn_callbacks.layers.memory import memory_of, structure_of
 from bn_callbacks.layers.modes import (
@@ -59,17 +66,21 @@ __all__ = [
     "Snapshot",
     "assign",
     "batch_mode",
+    "check_keras",
     "check_model",
     "compute_loss",
     "compute_precision",
     "count_inputs",
     "find",
     "forward",
+    "give_back",
     "has_own_train_step",
     "input_layout",
     "is_built",
     "is_stale",
     "iterations",
+    "leave_evaluations",
+    "lend",
     "memory_of",
     "pinned_in_graph",
     "read",
@@ -89,4 +100,5 @@ __all__ = [
     "to_model_inputs",
     "uses_ema",
     "versions",
+    "watch_evaluations",
 ]

@@ -13,6 +13,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.arguments import shown
+from bn_callbacks.names import printable
 from bn_callbacks.statistics.moments import Statistics
 
 RESOLUTION = 1e-6
@@ -191,7 +192,13 @@ class BatchNormLayer:
 
 
 def check_model(model: Any) -> None:
-    """Raises a clear error for anything but a built Keras 3 model on TensorFlow."""
+    """Raises a clear error for a model that this library cannot work on."""
+    check_keras(model)
+    _check_distribution(model)
+
+
+def check_keras(model: Any) -> None:
+    """Raises a clear error for anything but a Keras 3 model on TensorFlow."""
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
             "bn_callbacks works on Keras' TensorFlow backend only. Received: "
@@ -209,7 +216,6 @@ def check_model(model: Any) -> None:
                 "with `keras` instead of `tf_keras`."
             )
         raise TypeError(f"`model` must be a keras.Model. Received: {kind}. {hint}")
-    _check_distribution(model)
 
 
 def _check_distribution(model: keras.Model) -> None:
@@ -270,7 +276,7 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
     if not model.built or (everywhere and not found):
         unbuilt = [layer.name for layer in everywhere if layer not in found]
         raise ValueError(
-            f"The model is not built: {_some(unbuilt) or model.name} has no "
+            f"The model is not built: {printable(_some(unbuilt) or model.name)} has no "
             f"statistics yet. Received: model={model.name!r}. Call the model on a "
             "batch of data, or train it, first."
         )
@@ -283,6 +289,8 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
         # Keras before 3.3 gives paths to variables only.
         path = getattr(layer, "path", None)
         path = path or layer.moving_mean.path.rpartition("/")[0] or layer.name
+        # A name may come from a stranger's file, and ends in tables and messages.
+        path = printable(path)
         seen[path] += 1
         if seen[path] > 1:
             path = f"{path}#{seen[path]}"

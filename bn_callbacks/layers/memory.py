@@ -19,6 +19,7 @@ _PASSING = {
     "_eval_epoch_iterator",
     "_loss_ids",
     "_losses",
+    "evaluate",  # which may be wrapped while callbacks of ours validate
     "history",
     "optimizer",
     "predict_function",

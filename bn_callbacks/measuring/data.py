@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from bn_callbacks.arguments import check_whole, shown
 from bn_callbacks.distribution import copies
+from bn_callbacks.names import said
 
 # Data that cannot tell its length must end within so many batches: an endless
 # generator is an error, not a hang. 10⁴ samples are plenty for statistics.
@@ -202,7 +203,16 @@ class First:
     length: int
 
     def __iter__(self) -> Iterator[Batch]:
-        return itertools.islice(self.batches, self.length)
+        count = 0
+        for batch in itertools.islice(self.batches, self.length):
+            count += 1
+            yield batch
+        if count < self.length:
+            raise ValueError(
+                "`x` does not give the same data in each pass. Received: "
+                f"{self.length - count} batches fewer than in the first pass, which "
+                f"had {self.length}. Pass data that can be read again, or refine=0."
+            )
 
     def first(self, count: int) -> "First":
         """The first `count` of these."""
@@ -348,11 +358,10 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
         shapes = tf.nest.map_structure(
             lambda leaf: None if leaf is None else tuple(leaf.shape), inputs
         )
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(
             f"Batch {index} of the data does not fit the model. Received: inputs of "
             f"shape {shapes} for model {model_name!r}. Pass data as `fit` takes them, "
-            f"in batches. Keras says: {' '.join(lines)[:300]}"
+            f"in batches. Keras says: {said(error)[:300]}"
         ) from error
 
 

@@ -323,17 +323,20 @@ class Population:
         Raises:
             ValueError: Something in them is not finite.
         """
-        bad: dict[int, int] = {}
+        bad: dict[int, tuple[int, bool]] = {}
         parts = [[Moments.empty(bn.channels)] for bn in self.layers]
 
-        def add(layer: int, moments: Moments, is_bad: Any) -> None:
+        def add(layer: int, moments: Moments, is_bad: Any, means: Any) -> None:
             parts[layer].append(moments)
             if np.any(is_bad):
-                first = results.numbers[int(np.argmax(is_bad))]
+                index = int(np.argmax(is_bad))
+                is_huge = bool(np.isfinite(means[index]).all())
+                first = results.numbers[index], is_huge
                 bad[layer] = min(first, bad.get(layer, first))
 
         for layer, late in results.late.items():
-            add(layer, pool(late), [not np.isfinite(one.m2).all() for one in late])
+            is_bad = [not np.isfinite(one.m2).all() for one in late]
+            add(layer, pool(late), is_bad, [one.mean for one in late])
         start = first_count = 0
         for entry in traced.entries:
             end = start + self.layers[entry.layer].channels
@@ -345,16 +348,25 @@ class Population:
             if entry.is_unbiased:
                 variance = variance * ((n - 1) / np.maximum(n, 1))
             is_bad = (~np.isfinite(mean + variance) & (n > 0)).any(axis=1)
-            add(entry.layer, pool_batches(n, mean, variance), is_bad)
+            add(entry.layer, pool_batches(n, mean, variance), is_bad, mean)
         if bad:
             self._raise_bad(traced, bad, is_fixed)
         return [pool(each) for each in parts]
 
-    def _raise_bad(self, traced: Traced, bad: dict[int, int], is_fixed: bool) -> None:
+    def _raise_bad(
+        self, traced: Traced, bad: dict[int, tuple[int, bool]], is_fixed: bool
+    ) -> None:
         # The layers behind are poisoned by the first in the same batch.
-        index = min(bad.values())
-        first = next(layer for layer in traced.order if bad.get(layer) == index)
+        index = min(number for number, _ in bad.values())
+        first = next(one for one in traced.order if bad.get(one, (None,))[0] == index)
         if not is_fixed or first == traced.entry:
+            if bad[first][1]:
+                raise ValueError(
+                    f"The input of {self.layers[first].path} is too large: its variance "
+                    "is not finite. Received: values that overflow when they are "
+                    f"squared, in batch {index} of the data (counted from 0). Scale "
+                    "the data, or look for huge weights in the layers before."
+                )
             raise ValueError(
                 f"The input of {self.layers[first].path} is not finite. Received: NaN "
                 f"or infinity in batch {index} of the data (counted from 0). Remove "

@@ -52,7 +52,8 @@ class ChartedLayers:
 
 def worst_first(report: BatchNormReport) -> list[LayerReport]:
     """All layers: those that are not healthy, then the others by their lag."""
-    healthy = [layer for layer in report.layers if layer.cause == HEALTHY]
+    lagging = {layer.path for layer in report.lagging}
+    healthy = [layer for layer in report.layers if layer.path not in lagging]
     healthy.sort(key=severity, reverse=True)
     return [*report.lagging, *healthy]
 

@@ -1,9 +1,14 @@
 """A run's event file."""
 
+import itertools
+import os
+import platform
+import time
 from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar
@@ -16,11 +21,20 @@ from tensorboard.util.tensor_util import make_tensor_proto
 __all__ = ["EventFile", "histogram_pb", "image_pb", "layout_pb", "scalar_pb", "text_pb"]
 
 
+WRITING_FAILS = (OSError, tf.errors.OpError)
+"""What file systems raise, those that TensorFlow knows included."""
+
+_number = itertools.count()
+
+
 class EventFile:
     """Writes summaries into a directory, whose event file is opened on first use.
 
     What is written together becomes one event, and a tag is described once a file, for
-    TensorBoard reads no more than that.
+    TensorBoard reads no more than that. Each event is on the disk when `write` returns.
+
+    It has nothing to do with the default writer of `tf.summary`, so that a file that
+    cannot be written, on a full disk for one, is nobody else's trouble.
 
     Args:
         directory: Where to write.
@@ -28,7 +42,7 @@ class EventFile:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._writer: tf.summary.SummaryWriter | None = None
+        self._writer: tf.io.TFRecordWriter | None = None
         self._described: set[str] = set()
 
     @property
@@ -43,32 +57,38 @@ class EventFile:
             summaries: What to write.
             step: The optimizer's step.
         """
-        event = Summary()
+        event = Event(wall_time=time.time(), step=step)
         for summary in summaries:
-            event.value.extend(summary.value)
-        if not event.value:
+            event.summary.value.extend(summary.value)
+        if not event.summary.value:
             return
-        for value in event.value:
+        for value in event.summary.value:
             if value.tag in self._described:
                 value.metadata.ClearField("summary_description")
             self._described.add(value.tag)
         if self._writer is None:
-            self._writer = tf.summary.create_file_writer(self._directory)
-        # keras.callbacks.TensorBoard lets nobody record but on its own steps.
-        with self._writer.as_default(step), tf.summary.record_if(True):
-            tf.summary.experimental.write_raw_pb(event.SerializeToString())
+            self._writer = self._open()
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
 
-    def flush(self) -> None:
-        """Shows what was written to those who read the file already."""
-        if self._writer is not None:
-            self._writer.flush()
+    def _open(self) -> tf.io.TFRecordWriter:
+        tf.io.gfile.makedirs(self._directory)
+        now = time.time()
+        name = (
+            f"events.out.tfevents.{int(now):010d}.{platform.node()}.{os.getpid()}."
+            f"{next(_number)}.v2"
+        )
+        writer = tf.io.TFRecordWriter(os.path.join(self._directory, name))
+        first = Event(wall_time=now, file_version="brain.Event:2")
+        writer.write(first.SerializeToString())
+        return writer
 
     def close(self) -> None:
         """Closes the file; the next `write` opens another."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._described.clear()
+        writer, self._writer = self._writer, None
+        self._described.clear()
+        if writer is not None:
+            writer.close()
 
 
 def image_pb(tag: str, png: bytes, size: tuple[int, int], description: str) -> Summary:

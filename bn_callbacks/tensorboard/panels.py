@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from bn_callbacks.report import (
+    UNKNOWN,
     BatchNormReport,
     LayerReport,
     RecalibrationReport,
@@ -98,9 +99,12 @@ def _wrap(text: str) -> str:
 
 
 def _summary(layers: Sequence[LayerReport]) -> str:
-    sick = sum(layer.cause != HEALTHY for layer in layers)
+    sick = sum(layer.cause not in (HEALTHY, UNKNOWN) for layer in layers)
+    unknown = sum(layer.cause == UNKNOWN for layer in layers)
     lags = [layer.lag for layer in layers if layer.lag is not None]
     text = f"{sick} of them not healthy" if sick else "all healthy"
+    if unknown:
+        text = f"{sick} of them not healthy, {unknown} unknown"
     return text + (f", with lags up to {max(lags):.3g}" if lags else "")
 
 

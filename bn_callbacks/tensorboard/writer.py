@@ -1,8 +1,14 @@
 """Writes reports into event files."""
 
+import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +16,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from bn_callbacks import pictures
 from bn_callbacks.budget import Budget
-from bn_callbacks.report import BatchNormReport, LayerReport, RecalibrationReport
+from bn_callbacks.names import printable, said
+from bn_callbacks.report import (
+    BatchNormReport,
+    BatchNormWarning,
+    LayerReport,
+    RecalibrationReport,
+)
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
 from bn_callbacks.statistics.lag import channel_lags
 from bn_callbacks.tensorboard import MAX_CHARTS
@@ -19,6 +31,7 @@ from bn_callbacks.tensorboard.charts import (
     make_layout,
 )
 from bn_callbacks.tensorboard.event_file import (
+    WRITING_FAILS,
     EventFile,
     histogram_pb,
     image_pb,
@@ -67,6 +80,20 @@ _FIGURES = {
 _SIDES = {"batch": "the batches", "moving": "the layer"}
 
 
+def _surviving(method: Callable[..., None]) -> Callable[..., None]:
+    """Lets a method of the writer fail, and training go on without it."""
+
+    @functools.wraps(method)
+    def survive(self: "ReportWriter", *args: Any, **kwargs: Any) -> None:
+        if not self._has_failed:
+            try:
+                method(self, *args, **kwargs)
+            except WRITING_FAILS as error:
+                self._give_up(error)
+
+    return survive
+
+
 class ReportWriter:
     """Writes what the reports of one `fit` say into event files, opened on first use.
 
@@ -74,6 +101,9 @@ class ReportWriter:
     ends of epochs; the heat map only where there is something to see that the last one
     did not show and drawing takes next to none of the time, and at the end. It needs
     Pillow; without it there is none.
+
+    What cannot be written, on a full disk for one, ends no training: it is said once,
+    and nothing more is written.
 
     Args:
         log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
@@ -89,7 +119,9 @@ class ReportWriter:
         threshold: float = DEFAULT_THRESHOLD,
         start: int = 0,
     ) -> None:
-        directory = os.path.join(os.fspath(log_dir), SUBDIRECTORY)
+        self._directory = directory = os.path.join(os.fspath(log_dir), SUBDIRECTORY)
+        self._log_dir = os.fspath(log_dir)
+        self._has_failed = False
         self._main = EventFile(directory)
         # Two runs that have the same tags: TensorBoard draws them into one chart.
         self._sides = {
@@ -105,6 +137,32 @@ class ReportWriter:
         self._budget = Budget(PICTURE_SHARE, PICTURE_COST)
         self._written: BatchNormReport | None = None
 
+    def check_directory(self) -> None:
+        """Tries whether there can be files in the directory, and leaves nothing.
+
+        Raises:
+            ValueError: There can be none.
+        """
+        if "://" in self._directory:  # Where directories are but parts of names.
+            return
+        path = Path(self._directory)
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                "`log_dir` must be a directory for files, or one that can be made. "
+                f"Received: log_dir={self._log_dir!r}. It says: {said(error)}. Pass "
+                "another."
+            ) from error
+        finally:
+            for each in missing:
+                with contextlib.suppress(OSError):
+                    each.rmdir()
+
+    @_surviving
     def write(
         self,
         report: BatchNormReport,
@@ -137,10 +195,8 @@ class ReportWriter:
         self._main.write(summaries, step)
         for side, file in self._sides.items():
             file.write(_moments(seen, side), step)
-        if ends_epoch:
-            for file in self._files():
-                file.flush()
 
+    @_surviving
     def conclude(self, report: BatchNormReport, step: int) -> None:
         """Writes the last report as a text, and the heat map if it is due.
 
@@ -151,6 +207,7 @@ class ReportWriter:
         picture = self._picture(report, step, is_last=True)
         self._main.write([*self._text(report), *picture], step)
 
+    @_surviving
     def mark(self, report: RecalibrationReport, step: int) -> None:
         """Leaves a mark where a recalibration took place.
 
@@ -175,10 +232,24 @@ class ReportWriter:
         """Whether there is something to close."""
         return any(file.is_open for file in self._files())
 
+    @_surviving
     def close(self) -> None:
         """Closes the event files; the next `write` opens new ones."""
         for file in self._files():
             file.close()
+
+    def _give_up(self, error: BaseException) -> None:
+        self._has_failed = True
+        for file in self._files():
+            with contextlib.suppress(*WRITING_FAILS):
+                file.close()
+        warnings.warn(
+            "TensorBoard's files cannot be written any more; training goes on without. "
+            f"Received: {said(error)} in {printable(self._directory)}. Make room, or "
+            "pass another `log_dir` to the next `fit`.",
+            BatchNormWarning,
+            stacklevel=2,
+        )
 
     def _files(self) -> Iterable[EventFile]:
         return (self._main, *self._sides.values())
@@ -241,7 +312,7 @@ def _scalars(
 
 
 def _summary(name: str, value: float | None) -> Iterator[Summary]:
-    if value is not None:
+    if value is not None and not math.isnan(value):
         for group in (OVERVIEW, "bn/summary"):
             yield scalar_pb(f"{group}/{name}", value, _SUMMARIES[name])
 

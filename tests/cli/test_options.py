@@ -193,4 +193,4 @@ def test_a_log_dir_that_is_a_file_is_one_line_on_stderr(tmp_path, capsys):
     assert cli.main(["demo", "--log-dir", str(tmp_path / "logs")]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert f"File exists: '{tmp_path / 'logs'}'" in err
+    assert f"{tmp_path / 'logs'} is no directory. Name one for" in err

@@ -21,6 +21,7 @@ from bn_callbacks import cli
 from bn_callbacks.auditing import audit
 from bn_callbacks.cli import writing
 from bn_callbacks.cli.errors import CommandError
+from bn_callbacks.cli.patching import SavedStatistics
 
 RECALIBRATE = ("recalibrate", "model.keras", "--data", "train.npz")
 
@@ -211,11 +212,11 @@ def test_ctrl_c_while_reading_leaves_nothing(untouched, capsys, run, monkeypatch
 def test_what_ends_the_saving_leaves_nothing(
     run, untouched, monkeypatch, error, status, says, target
 ):
-    def save(self, path):
+    def write(self, path):
         path.write_text("half a model")
         raise error
 
-    monkeypatch.setattr(keras.Sequential, "save", save)
+    monkeypatch.setattr(SavedStatistics, "write", write)
     ran = run(*RECALIBRATE, *target)
     assert (ran.status, ran.err.count("\n")) == (status, 1)
     assert says in ran.err

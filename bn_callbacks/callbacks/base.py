@@ -1,0 +1,183 @@
+"""What the callbacks have in common: whose `fit` it is, and when it has ended."""
+
+import copy
+import inspect
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bn_callbacks.arguments import shown
+from bn_callbacks.callbacks.company import complete_list, enlist, gather, listed
+from bn_callbacks.layers import check_keras, check_model, team_of
+from bn_callbacks.report import BatchNormReport, BatchNormWarning
+
+
+class BatchNormCallback(keras.callbacks.Callback):
+    """A callback that knows whether its own `fit` is running.
+
+    `evaluate` and `predict` take callbacks as well, and after an exception `fit` calls
+    no hook any more. But whatever takes callbacks begins by giving them the model: that
+    is the end of a `fit` before, however it ended.
+
+    It can be copied and pickled at any time. The copy has the same arguments and shares
+    the data among them; what belongs to a `fit` stays behind.
+
+    One instance serves one `fit` at a time.
+    """
+
+    _DATA: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params: dict[str, Any] | None = None
+        self._is_fitting = False
+        self._thread: int | None = None
+
+    def set_model(self, model: keras.Model) -> None:
+        if self._is_fitting and is_in_fit(self._thread):
+            raise RuntimeError(
+                f"This {type(self).__name__} is at work in a `fit` of another thread. "
+                f"Received: a second `fit`, of model {model.name!r}. Give each of them "
+                "a callback of its own, such as copy.deepcopy(callback)."
+            )
+        # Keras 2 calls what callbacks of Keras 3 do not have, and this first of all.
+        check_keras(model)
+        self._is_fitting = False
+        super().set_model(model)
+        enlist(model, self)
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        super().set_params(params)
+        if self.model is not None:
+            complete_list(self.model)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        check_model(self.model)
+        gather(self.model)
+        together = listed(self.model)
+        if together and together[0] is self:
+            # Workers that do not all come to the same places wait for ever.
+            lines = [line for i, each in enumerate(together) for line in _told(i, each)]
+            team_of(self.model).check_same("callbacks", lines)
+        self._is_fitting = True
+        self._thread = threading.get_ident()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._is_fitting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        private = _private_names(type(self))
+        state = {name: v for name, v in vars(self).items() if name not in private}
+        return {**state, "params": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # As after `__init__`: of our own class, for a subclass takes what it likes.
+        ours = next(kind for kind in type(self).__mro__ if _is_ours(kind))
+        names = list(inspect.signature(ours).parameters)
+        self.__dict__.update(vars(ours(**{name: state[name] for name in names})))
+        self.__dict__.update(state)
+
+    def __copy__(self) -> "BatchNormCallback":
+        return self._copied(lambda value: value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchNormCallback":
+        return self._copied(lambda value: copy.deepcopy(value, memo))
+
+    def _copied(self, copied: Callable[[Any], Any]) -> "BatchNormCallback":
+        new = type(self).__new__(type(self))
+        new.__setstate__(
+            {
+                name: value if name in self._DATA else copied(value)
+                for name, value in self.__getstate__().items()
+            }
+        )
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        for name in self._DATA:
+            data = getattr(self, name)
+            if isinstance(data, (Iterator, tf.data.Dataset)):
+                raise TypeError(
+                    f"A {type(self).__name__} cannot be pickled with data that cannot. "
+                    f"Received: {name} of type {type(data).__name__}. Pass arrays or a "
+                    "keras.utils.PyDataset, or make the callback where it is used."
+                )
+        return super().__reduce_ex__(protocol)
+
+
+_FREE = {"verbose", "max_charts"}
+"""Arguments in which workers may differ, since the chief alone heeds them."""
+
+
+def _told(index: int, callback: Any) -> Iterator[str]:
+    """What workers have to agree on of a callback, in lines."""
+    ours = next(kind for kind in type(callback).__mro__ if _is_ours(kind))
+    name = f"callback {index}, {type(callback).__name__}"
+    yield name
+    for argument in inspect.signature(ours).parameters:
+        if argument not in _FREE:
+            yield f"{name}: {argument}={_comparable(argument, callback)}"
+
+
+def _comparable(argument: str, callback: Any) -> str:
+    value = getattr(callback, argument)
+    # Workers have their own data, and may have their own directories.
+    if argument in (*callback._DATA, "log_dir") or callable(value):
+        return "None" if value is None else "given"
+    return shown(value)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _private_names(kind: type) -> set[str]:
+    """Private attributes that callbacks of Keras and of ours have, not a subclass's."""
+    functions = [
+        function.__code__
+        for each in kind.__mro__
+        if _is_ours(each) or each.__module__.startswith("keras.")
+        for function in vars(each).values()
+        if inspect.isfunction(function)
+    ]
+    names = {name for code in functions for name in code.co_names}
+    return {name for name in names if name.startswith("_")}
+
+
+def is_in_fit(thread: int | None) -> bool:
+    """Whether another thread runs some `fit` now."""
+    if thread is None or thread == threading.get_ident():
+        return False
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "fit":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:
+    """Says that a model has no BN layer. Who tries many models wants no error."""
+    print(
+        f"{type(callback).__name__}: model {callback.model.name!r} has no "
+        f"BatchNormalization layer; there is nothing to {verb}."
+    )
+
+
+def warn_of_unknown(report: BatchNormReport, params: Mapping[str, Any] | None) -> None:
+    """Says why nothing is known of layers that are not known to be healthy."""
+    steps = (params or {}).get("steps")
+    warnings.warn(
+        f"Nothing could be measured of {len(report.unknown)} of {len(report.layers)} "
+        "BatchNormalization layers in this epoch, which may or may not lag: it is not "
+        "known how many training steps were made. Received: data that ended before "
+        f"steps={steps} were made. Pass `steps_per_epoch` that the data have, or use "
+        "audit().",
+        BatchNormWarning,
+        stacklevel=3,
+    )
