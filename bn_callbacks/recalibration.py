@@ -17,7 +17,7 @@ from bn_callbacks.arguments import (
     is_word,
     shown,
 )
-from bn_callbacks.auditing import report_on
+from bn_callbacks.auditing import Seen, report_on
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -34,7 +34,7 @@ from bn_callbacks.measuring.data import Batches
 from bn_callbacks.measuring.population import Population, Until
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.reach import split
-from bn_callbacks.measuring.refinement import refine_statistics, seen_by
+from bn_callbacks.measuring.refinement import refine_statistics
 from bn_callbacks.report import RecalibrationReport
 from bn_callbacks.statistics.moments import Moments
 from bn_callbacks.statistics.sampling import Blocks
@@ -229,13 +229,11 @@ class Recalibration:
                 "that are not empty or masked throughout."
             )
         old = read(targets)
-        seen = seen_by(targets, first, old)
+        seen = Seen()
+        seen.in_batches(targets, first, [])
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
-            [*targets, *uncalled],
-            [*old, *uncalled.values()],
-            [*seen.values(), *uncalled.values()],
-            self._model,
+            [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen
         )
         new, residuals, passes = refine_statistics(
             self._population, batches, first, old, self._refine, show

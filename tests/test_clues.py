@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm
-from bn_callbacks.clues import find_clues
+from bn_callbacks.watching.clues import find_clues
 from bn_callbacks.layers import find
 
 L = keras.layers

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bn_callbacks.findings import WORSE, Findings
+from bn_callbacks.watching.findings import WORSE, Findings
 from bn_callbacks.report import BatchNormReport, LayerReport
 
 SICK = LayerReport("bn", cause="outliers", lag=1.0, advice="Clean the data.")

@@ -38,6 +38,7 @@ class Batches:
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
             inputs from `(x, y)`; None if unknown.
+        shuffle: Whether to read arrays in random order, the same each time.
 
     Raises:
         ValueError: Nothing in `x`, less in it than `steps`, no end to it, or
@@ -52,6 +53,7 @@ class Batches:
         batch_size: int | None = None,
         steps: int | None = None,
         inputs: int | None = None,
+        shuffle: bool = False,
     ) -> None:
         check_whole("batch_size", batch_size)
         check_whole("steps", steps)
@@ -61,7 +63,9 @@ class Batches:
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
-            self._source: Iterable[Any] = _Arrays(x, batch_size or BATCH_SIZE, inputs)
+            self._source: Iterable[Any] = _Arrays(
+                x, batch_size or BATCH_SIZE, inputs, shuffle
+            )
             size: int | None = len(self._source)
         else:
             if batch_size is not None:
@@ -315,9 +319,11 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
 
 
 class _Arrays:
-    """Arrays, cut into consecutive batches."""
+    """Arrays, cut into batches: consecutive ones, or of rows in random order."""
 
-    def __init__(self, x: Any, batch_size: int, inputs: int | None) -> None:
+    def __init__(
+        self, x: Any, batch_size: int, inputs: int | None, shuffle: bool = False
+    ) -> None:
         is_item = isinstance(x, tuple) and len(x) in (2, 3)
         if is_item and len(x) == inputs:
             # As many as the model has inputs: (x, y) only if x alone is as many.
@@ -335,20 +341,28 @@ class _Arrays:
             )
         self._samples = sizes[0]
         self._batch_size = min(int(batch_size), max(1, self._samples))
+        self._order = None
+        if shuffle and self._samples > self._batch_size:
+            self._order = np.random.default_rng(0).permutation(self._samples)
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self._samples, self._batch_size):
-            part = slice(start, start + self._batch_size)
+            part: Any = slice(start, start + self._batch_size)
+            if self._order is not None:
+                # Within a batch the order does not matter, but to files on a disk.
+                part = np.sort(self._order[part])
             yield tf.nest.map_structure(
                 lambda leaf, part=part: None if leaf is None else _cut(leaf, part),
                 self._parts,
             )
 
 
-def _cut(array: Any, part: slice) -> Any:
+def _cut(array: Any, part: Any) -> Any:
+    if tf.is_tensor(array) and not isinstance(part, slice):
+        return tf.gather(array, part)
     # A pandas object slices by position only through `iloc`.
     return getattr(array, "iloc", array)[part]
 

@@ -16,6 +16,7 @@ from bn_callbacks.layers import (
     BatchNormLayer,
     batch_mode,
     compute_loss,
+    forget_penalties,
     forward,
     read,
     stateless,
@@ -74,6 +75,8 @@ class Measurement:
         batches: Number of batches read, by all workers.
         samples: Number of samples read.
         own_batches: Number of batches that this worker has read.
+        losses: Mean loss and number of samples of each batch that this worker has
+            read, `(batches, 2)`.
     """
 
     moments: list[Moments]
@@ -81,6 +84,7 @@ class Measurement:
     batches: int
     samples: int
     own_batches: int
+    losses: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,7 @@ class Population:
         layers: The layers to measure. Other BN layers use what they store.
         dropout: Whether dropout, noise and augmentation layers are active.
         loss: Whether to measure the model's loss as well.
+        penalties: Whether what layers add to the loss is a part of it.
     """
 
     def __init__(
@@ -142,12 +147,14 @@ class Population:
         *,
         dropout: bool = False,
         loss: bool = False,
+        penalties: bool = True,
     ) -> None:
         self.layers = list(layers)
         self.team = team_of(model)
         self._model = model
         self._dropout = dropout
         self._loss = loss
+        self._penalties = penalties
         ends = np.cumsum([0, *(2 * bn.channels for bn in layers)])
         self._inputs = {
             bn: _Input(bn, self.team.replicas, start)
@@ -224,13 +231,13 @@ class Population:
         bar = keras.utils.Progbar(target, verbose=1) if verbose else None
         is_enough = until() if until is not None else None
         pooled = [Moments.empty(bn.channels) for bn in self.layers]
-        losses = np.zeros(2)
+        losses: list[NDArray[np.float64]] = []
         source = iter(batches)
         count = samples = 0
 
         def take(pending: list[tuple[list[int], tuple[Any, ...]]]) -> bool:
             """Pools what is pending; whether it is enough."""
-            nonlocal pooled, losses
+            nonlocal pooled
             if not pending:
                 return False
             results = self._fetch(pending)
@@ -243,7 +250,7 @@ class Population:
                 pooled = [
                     old.merge(part) for old, part in zip(pooled, new, strict=True)
                 ]
-                losses = losses + one.losses.sum(axis=0)
+                losses.append(one.losses)
                 if is_enough is not None and is_enough(new):
                     return True
             return False
@@ -274,8 +281,10 @@ class Population:
                 break
         if bar is not None and count != target:
             bar.update(count, finalize=True)
-        rows = self.team.gather(_flat([count, samples, *losses], pooled))
-        return _measurement(rows, self.layers, count)
+        each = np.concatenate([np.zeros((0, 2)), *losses])
+        rows = self.team.gather(_flat([count, samples, *each.sum(axis=0)], pooled))
+        each[:, 0] /= np.where(each[:, 1], each[:, 1], 1.0)
+        return _measurement(rows, self.layers, count, each)
 
     def _fetch(self, pending: list[tuple[list[int], tuple[Any, ...]]]) -> _Results:
         """Awaits the results of some steps, without those of idle replicas."""
@@ -344,6 +353,13 @@ class Population:
         first = self._order[0] if self._order else None
         calls = sum(bn is first for bn, _ in self._entries)
         return first if calls == 1 and first not in self._late else None
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether some layer is called more than once, after a pass."""
+        return bool(self._late) or len({bn for bn, _ in self._entries}) < len(
+            self._entries
+        )
 
     def _step(self, mode: _Mode) -> Step:
         if mode not in self._steps:
@@ -424,6 +440,8 @@ class Population:
         return step, entries
 
     def _weighted_loss(self, batch: Batch, outputs: Any) -> Any:
+        if not self._penalties:
+            forget_penalties()
         loss = compute_loss(self._model, batch, outputs)
         weight = tf.cast(tf.shape(tf.nest.flatten(batch[0])[0])[0], tf.float64)
         return tf.stack([tf.cast(loss, tf.float64) * weight, weight])
@@ -578,7 +596,10 @@ def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float6
 
 
 def _measurement(
-    rows: NDArray[np.float64], layers: Sequence[BatchNormLayer], own_batches: int
+    rows: NDArray[np.float64],
+    layers: Sequence[BatchNormLayer],
+    own_batches: int,
+    losses: NDArray[np.float64],
 ) -> Measurement:
     """Pools what all workers have told, which gives the same on each of them."""
     batches, samples, loss, weight = rows[:, :4].sum(axis=0)
@@ -596,4 +617,5 @@ def _measurement(
         batches=int(batches),
         samples=int(samples),
         own_batches=own_batches,
+        losses=losses,
     )

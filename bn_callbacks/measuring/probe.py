@@ -1,22 +1,49 @@
-"""A model's loss with and without batch statistics."""
+"""A model's loss on a sample, with three kinds of statistics: B, I and R."""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
-from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population
+from bn_callbacks.measuring.data import Batch, Batches
+from bn_callbacks.measuring.population import Measurement, Population
+from bn_callbacks.measuring.refinement import refine_statistics, seen_by
+from bn_callbacks.statistics.losses import Losses
 from bn_callbacks.statistics.moments import Statistics, is_finite
+
+SAMPLE = 512
+"""Examples of a dataset that make a probe: its first batches, in their order."""
+
+ONE_BATCH = 2048
+"""Examples that may be run as a single batch, for their consistent statistics."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a probe has measured.
+
+    Args:
+        losses: The three losses.
+        inferred: What inference brought each layer with the statistics it stores.
+    """
+
+    losses: Losses
+    inferred: dict[BatchNormLayer, Statistics]
 
 
 class Probe:
-    """A model's loss on a sample of data, in both modes of its BN layers.
+    """A model's loss on a sample of data, in the modes of its BN layers.
 
     Args:
         model: A compiled model.
-        data: Data with targets.
+        data: Data with targets, as `fit` takes them. Arrays are used whole, of what
+            comes in batches the first, about 512 examples.
         layers: BN layers that change between the modes; by default all that are
             not frozen.
 
@@ -30,9 +57,9 @@ class Probe:
         data: Any,
         layers: list[BatchNormLayer] | None = None,
     ) -> None:
-        self._data = data
         self._inputs = count_inputs(model)
-        self._batches = Batches(data, inputs=self._inputs)
+        self._data, self._comes_in_batches = _sample(data, self._inputs)
+        self._batches = Batches(self._data, inputs=self._inputs)
         has_targets = next(iter(self._batches))[1] is not None
         if not (model.compiled and has_targets):
             raise ValueError(
@@ -42,34 +69,179 @@ class Probe:
             )
         if layers is None:
             layers = [bn for bn in find(model) if bn.trainable]
+        self._model = model
         self.layers = layers
-        self._population = Population(model, layers, loss=True)
+        self._population = Population(model, layers, loss=True, penalties=False)
+        self._validation: Population | None = None
         self._is_shared = False
 
-    def measure(
-        self, batch_size: float | None = None
-    ) -> tuple[float | None, float | None]:
-        """The loss with batch statistics, and the loss in inference mode.
+    def measure(self, batch_size: float | None = None) -> Reading:
+        """Measures B, I and R in passes over the sample.
 
         Args:
             batch_size: Examples a batch in training, where it is known: batch
-                statistics are to be as good as there.
+                statistics are to be as good as there. Of no effect on data that
+                come in batches.
         """
-        if batch_size is not None:
+        if batch_size is not None and not self._comes_in_batches:
             size = max(1, round(batch_size))
             self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
             self._is_shared = False
-        return self._loss(None), self.inference_loss(read(self.layers))
+        self._share()
+        return three_losses(self._population, self._batches, read(self.layers))
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
-        """The loss if the layers stored these statistics."""
+        """The loss as `evaluate` has it, if the layers stored these statistics."""
+        if self._validation is None:
+            self._validation = Population(self._model, self.layers, loss=True)
+        self._share()
         # Replicas of other workers may store something else.
-        if not self._population.team.everywhere(is_finite(statistics)):
+        if not self._validation.team.everywhere(is_finite(statistics)):
             return math.nan
-        return self._loss(statistics)
+        return self._validation.measure(self._batches, statistics).loss
 
-    def _loss(self, statistics: list[Statistics] | None) -> float | None:
+    def _share(self) -> None:
         if not self._is_shared:
             self._population.share(self._batches)
             self._is_shared = True
-        return self._population.measure(self._batches, statistics).loss
+
+
+def three_losses(
+    population: Population,
+    batches: Batches,
+    stored: list[Statistics],
+    by_batch: Measurement | None = None,
+) -> Reading:
+    """B, I and R of the same batches, and what inference brings each layer.
+
+    Args:
+        population: Measures the loss as well.
+        batches: Data with targets.
+        stored: What the layers store.
+        by_batch: What a pass in batch mode has measured, if there was one.
+    """
+    layers = population.layers
+    if by_batch is None:
+        by_batch = population.measure(batches)
+    inferred: dict[BatchNormLayer, Statistics] = {}
+    no_number = np.full(len(by_batch.losses), np.nan)
+    of_inference = no_number
+    if population.team.everywhere(is_finite(stored)):
+        inference = population.measure(batches, stored)
+        of_inference = inference.losses[:, 0]
+        inferred = {
+            bn: moments.statistics
+            for bn, moments in zip(layers, inference.moments, strict=True)
+            if moments.count > 0
+        }
+    of_consistent = of_inference
+    if any(moments.count > 0 for moments in by_batch.moments):
+        consistent = consistent_statistics(population, batches, by_batch, stored)
+        of_consistent = no_number
+        if population.team.everywhere(is_finite(consistent)):
+            of_consistent = population.measure(batches, consistent).losses[:, 0]
+    columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
+    together = _gather(population, np.stack(columns, axis=1))
+    return Reading(Losses(*together.T), inferred)
+
+
+def consistent_statistics(
+    population: Population,
+    batches: Batches,
+    by_batch: Measurement,
+    stored: list[Statistics],
+) -> list[Statistics]:
+    """The statistics with which inference on these batches brings just themselves.
+
+    Run as one batch, a sample solves itself: each layer normalises with the statistics
+    of all of it. Where a layer is called several times that would not pool its calls,
+    and what is too large, or does not fit together, takes passes.
+    """
+    whole = None
+    if not population.has_repeats and population.team.size == 1:
+        whole = _as_one(batches)
+    if whole is None:
+        first = batches.first(by_batch.own_batches)
+        return refine_statistics(population, first, by_batch, stored, "auto", 0)[0]
+    moments = population.measure(whole)
+    return list(seen_by(population.layers, moments, stored).values())
+
+
+def _as_one(batches: Batches) -> Batches | None:
+    """All batches as one; None where they are too large or of several shapes."""
+    parts, count = [], 0
+    for batch in batches:
+        parts.append(batch)
+        count += int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
+        if count > ONE_BATCH:
+            return None
+    kinds = {
+        tuple(
+            None if leaf is None else (leaf.dtype, *leaf.shape[1:])
+            for leaf in tf.nest.flatten(batch)
+        )
+        for batch in parts
+    }
+    if len(kinds) > 1 or any(
+        not isinstance(leaf, tf.Tensor)
+        for leaf in tf.nest.flatten(parts[0])
+        if leaf is not None
+    ):
+        return None
+    whole = tf.nest.map_structure(
+        lambda *leaves: None if leaves[0] is None else tf.concat(leaves, axis=0),
+        *parts,
+    )
+    return Batches(Sample([whole]))
+
+
+class Sample:
+    """Batches that are kept, to be read again.
+
+    Args:
+        batches: The batches, each `(inputs, targets, sample_weight)`.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
+    """What a probe uses of some data, and whether it comes in batches already."""
+    if not isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
+        return data, False
+    endless = SAMPLE if _is_endless(data) else None
+    kept, count = [], 0
+    for batch in Batches(data, steps=endless, inputs=inputs):
+        kept.append(batch)
+        count += int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
+        if count >= SAMPLE:
+            break
+    return Sample(kept), True
+
+
+def _is_endless(data: Any) -> bool:
+    if isinstance(data, tf.data.Dataset):
+        return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    if isinstance(data, keras.utils.PyDataset):
+        # Keras before 3.1 has no data without a length.
+        return getattr(data, "num_batches", 0) is None
+    return True
+
+
+def _gather(population: Population, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows of all workers, who may have different numbers of them."""
+    team = population.team
+    if team.workers == 1:
+        return own
+    counts = team.gather(np.array([float(len(own))]))[:, 0].astype(int)
+    padded = np.zeros((counts.max(), own.shape[1]))
+    padded[: len(own)] = own
+    rows = team.gather(padded.ravel()).reshape(len(counts), *padded.shape)
+    return np.concatenate([row[:n] for row, n in zip(rows, counts, strict=True)])
