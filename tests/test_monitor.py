@@ -16,7 +16,7 @@ from bn_callbacks import (
     DebiasBatchNorm,
     RecalibrateBatchNorm,
 )
-from bn_callbacks.callbacks.monitor import reading_interval
+from bn_callbacks.watching.watch import reading_interval
 
 EXACT_EXECUTIONS = hasattr(keras.Model(), "unrolled_steps_per_execution")
 BATCH = 16

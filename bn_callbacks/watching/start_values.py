@@ -86,15 +86,18 @@ class StartValues:
 
     def advance(self, steps: int | None) -> None:
         """Lowers the weights by so many training steps; None if unknown."""
-        for index, (bn, calls) in enumerate(zip(self.layers, self._calls, strict=True)):
+        if self._watch.is_watching:
+            self._watch.end(steps or 0)
+            self._is_counted = True
+        for index, (bn, calls) in enumerate(
+            zip(self.layers, calls_of(self._model, self.layers), strict=True)
+        ):
             if not bn.trainable or self._weights[index] == 0:
                 continue
-            is_known = steps is not None and calls is not None
-            self._weights[index] *= (
-                start_weight(bn.momentum, steps * calls)  # type: ignore[operator]
-                if is_known
-                else np.nan
-            )
+            if steps is None or calls.updates is None:
+                self._weights[index] = np.nan
+            else:
+                self._weights[index] *= start_weight(bn.momentum, steps * calls.updates)
 
     def take_out(self) -> None:
         """Writes the debiased statistics into the layers.
