@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_callbacks.layers import BatchNormLayer, CallWatch, assign
+from bn_callbacks.layers import BatchNormLayer, CallWatch, assign, calls_of
 from bn_callbacks.statistics.evidence import is_negative
 from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import debias, start_weight
