@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 
 from bn_callbacks.evidence import evidence_of
 from bn_callbacks.layers import (
@@ -22,13 +21,13 @@ from bn_callbacks.layers import (
     team_of,
 )
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Measurement, Population, Until
-from bn_callbacks.measuring.probe import three_losses
+from bn_callbacks.measuring.population import Measurement, Population
+from bn_callbacks.measuring.probe import EachBatch, three_losses
 from bn_callbacks.measuring.reach import split
 from bn_callbacks.report import BatchNormReport, layer_reports
 from bn_callbacks.statistics.losses import Family, Losses
-from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
-from bn_callbacks.statistics.scatter import Scatter, scatter
+from bn_callbacks.statistics.moments import Statistics, is_finite
+from bn_callbacks.statistics.scatter import Scatter
 
 
 def audit(
@@ -96,23 +95,12 @@ def audit(
         seen.entry = in_inference.entry
     losses = None
     if targets or has_loss:
-        each: list[list[Moments]] = []
-        batch = by_batch.measure(batches, until=lambda: _collect(each))
-        seen.in_batches(targets, batch, each)
+        each = EachBatch(targets)
+        batch = by_batch.measure(batches, until=each.until)
+        seen.in_batches(targets, batch, each.scatter)
         if has_loss:
             losses = three_losses(by_batch, batches, read(targets), batch).losses
     return report_on(found, stored, model, seen, losses)
-
-
-def _collect(each: list[list[Moments]]) -> Until:
-    """Notes the moments of each batch, and ends no pass."""
-    each.clear()
-
-    def note(batch: list[Moments]) -> bool:
-        each.append(batch)
-        return False
-
-    return note
 
 
 @dataclass
@@ -149,22 +137,12 @@ class Seen:
         self,
         layers: Sequence[BatchNormLayer],
         measured: Measurement,
-        each: list[list[Moments]],
+        scatter: dict[BatchNormLayer, Scatter | None],
     ) -> None:
-        """Notes a pass in batch mode, with the moments of each of its batches."""
+        """Notes a pass in batch mode, and how its batches differed."""
         self.batch.update(_reached(layers, measured))
+        self.scatter.update(scatter)
         self._note(measured)
-        for index, bn in enumerate(layers):
-            parts = [batch[index] for batch in each if batch[index].count > 0]
-            if not parts:
-                continue
-            self.scatter[bn] = scatter(
-                Statistics(
-                    np.stack([part.mean for part in parts]),
-                    np.stack([part.variance for part in parts]),
-                ),
-                bn.epsilon,
-            )
 
     def _note(self, measured: Measurement) -> None:
         self.has_run = True

@@ -230,7 +230,7 @@ class Recalibration:
             )
         old = read(targets)
         seen = Seen()
-        seen.in_batches(targets, first, [])
+        seen.in_batches(targets, first, {})
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm
-from bn_callbacks.watching.clues import find_clues
 from bn_callbacks.layers import find
+from bn_callbacks.watching.clues import find_clues
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from bn_callbacks.watching.findings import WORSE, Findings
 from bn_callbacks.report import BatchNormReport, LayerReport
+from bn_callbacks.watching.findings import WORSE, Findings
 
 SICK = LayerReport("bn", cause="outliers", lag=1.0, advice="Clean the data.")
 

@@ -147,6 +147,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._writer: ReportWriter | None = None
         self._budget: Budget | None = None
         self._is_chief = True
+        self._is_fitting = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
@@ -164,6 +165,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
             layers=self.layers,
             threshold=self.threshold,
         )
+        self._is_fitting = True
         self._notice_layers(self._watch)
 
     def _make_writer(self, log_dir: str | os.PathLike[str]) -> "ReportWriter":
@@ -207,7 +209,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
             self._write(self._writer, self._make_report(watch))
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if self._watch is not None:
+        if self._watch is not None and self._is_fitting:
             self._watch.end_steps()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -228,7 +230,7 @@ class BatchNormMonitor(keras.callbacks.Callback):
         self._tell(watch)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        watch, self._watch = self._watch, None
+        watch, self._is_fitting = self._watch, False
         if watch is None:
             return
         watch.close()

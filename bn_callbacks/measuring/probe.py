@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
 from bn_callbacks.measuring.data import Batch, Batches
-from bn_callbacks.measuring.population import Measurement, Population
+from bn_callbacks.measuring.population import Measurement, Population, Until
 from bn_callbacks.measuring.refinement import refine_statistics, seen_by
 from bn_callbacks.statistics.losses import Losses
-from bn_callbacks.statistics.moments import Statistics, is_finite
+from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
+from bn_callbacks.statistics.scatter import Scatter, scatter
 
 SAMPLE = 512
 """Examples of a dataset that make a probe: its first batches, in their order."""
@@ -31,10 +32,46 @@ class Reading:
     Args:
         losses: The three losses.
         inferred: What inference brought each layer with the statistics it stores.
+        scatter: How the batches of each layer differ.
     """
 
     losses: Losses
     inferred: dict[BatchNormLayer, Statistics]
+    scatter: dict[BatchNormLayer, Scatter | None]
+
+
+class EachBatch:
+    """Keeps the moments of the batches of a pass, for their scatter.
+
+    Args:
+        layers: The layers that are measured.
+    """
+
+    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
+        self._layers = list(layers)
+        self._batches: list[list[Moments]] = []
+
+    def until(self) -> Until:
+        """What a pass calls with each batch; it ends none."""
+        self._batches.clear()
+
+        def keep(batch: list[Moments]) -> bool:
+            self._batches.append(batch)
+            return False
+
+        return keep
+
+    @property
+    def scatter(self) -> dict[BatchNormLayer, Scatter | None]:
+        """How the batches differ, for each layer that the data reach."""
+        found = {}
+        for index, bn in enumerate(self._layers):
+            parts = [each[index] for each in self._batches if each[index].count > 0]
+            if parts:
+                means = np.stack([part.mean for part in parts])
+                variances = np.stack([part.variance for part in parts])
+                found[bn] = scatter(Statistics(means, variances), bn.epsilon)
+        return found
 
 
 class Probe:
@@ -121,8 +158,9 @@ def three_losses(
         by_batch: What a pass in batch mode has measured, if there was one.
     """
     layers = population.layers
+    each = EachBatch(layers)
     if by_batch is None:
-        by_batch = population.measure(batches)
+        by_batch = population.measure(batches, until=each.until)
     inferred: dict[BatchNormLayer, Statistics] = {}
     no_number = np.full(len(by_batch.losses), np.nan)
     of_inference = no_number
@@ -142,7 +180,7 @@ def three_losses(
             of_consistent = population.measure(batches, consistent).losses[:, 0]
     columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
     together = _gather(population, np.stack(columns, axis=1))
-    return Reading(Losses(*together.T), inferred)
+    return Reading(Losses(*together.T), inferred, each.scatter)
 
 
 def consistent_statistics(

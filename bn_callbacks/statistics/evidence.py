@@ -156,7 +156,7 @@ class Measured:
         drift_part: As much of it as the batches were seen to drift.
         stall_part: Error at which updates are rounded away.
         own_noise: Distance between replicas that sampling explains.
-        worst_variation: `batch_variation` of the channel where it is largest.
+        dominance: Largest variance of a batch over a usual one.
         factor: What all channels' inputs were multiplied by, beside those of
             training, if they were.
         is_impossible: Whether the start, taken out, leaves a negative variance, so
@@ -170,7 +170,7 @@ class Measured:
     drift_part: float = 0.0
     stall_part: float = 0.0
     own_noise: float = 0.0
-    worst_variation: float = 0.0
+    dominance: float = 1.0
     factor: float | None = None
     is_impossible: bool = False
 
@@ -221,9 +221,7 @@ def measure(seen: Evidence) -> Measured:
         drift_part=rest_part if drift > rest_part * DRIFT_SHARE else 0.0,
         stall_part=_stall_part(seen),
         own_noise=NOISE_FACTOR * (noise or 0.0),
-        worst_variation=max(
-            [*variations, seen.scatter.worst_variation if seen.scatter else 0.0]
-        ),
+        dominance=seen.scatter.dominance if seen.scatter else 1.0,
         factor=_factor(seen),
         is_impossible=is_impossible,
     )
@@ -302,18 +300,27 @@ def _floor(seen: Evidence, stream: Stream | None) -> float:
 
 def _design_effect(seen: Evidence, stream: Stream | None) -> float | None:
     """`B·s²`, `s²` being the variance of a batch's mean in units of its own."""
-    known = [] if stream is None else [stream.mean_noise, _ordered(seen)]
-    known += [] if seen.scatter is None else [seen.scatter.mean]
-    if seen.batch_size is None or not known:
+    variance = _variance_of_means(seen, stream)
+    if seen.batch_size is None or variance is None:
         return None
-    return max(known) * max(seen.batch_size - 1, 0)
+    variance = max(variance, _ordered(seen))
+    return variance * max(seen.batch_size - 1, 0)
 
 
 def scatter_of_means(seen: Evidence, stream: Stream | None) -> float:
     """Standard deviation of a batch's mean, in standard deviations of its values."""
-    known = [0.0] if stream is None else [stream.mean_noise, seen.recurrence or 0.0]
-    known += [] if seen.scatter is None else [seen.scatter.mean]
-    return math.sqrt(max(known))
+    variance = _variance_of_means(seen, stream) or 0.0
+    return math.sqrt(max(variance, seen.recurrence or 0.0))
+
+
+def _variance_of_means(seen: Evidence, stream: Stream | None) -> float | None:
+    """By batches that follow each other, or else by windows.
+
+    Where weights leap, windows differ though batches do not.
+    """
+    if seen.scatter is not None:
+        return seen.scatter.mean
+    return None if stream is None else stream.mean_noise
 
 
 def _disagreement(seen: Evidence) -> float | None:

@@ -161,6 +161,7 @@ class Family(enum.Enum):
     UNKNOWN = "no losses are known"
     INNOCENT = "BN is innocent"
     STALE = "the statistics are stale: recalibrating cures"
+    HELPED = "the gap is small, and still recalibrating helps"
     BATCHES = "no fixed statistics can do what those of batches do"
     ADAPTED = "recalibrating would harm: the weights have adapted to what is stored"
 
@@ -186,19 +187,23 @@ def _no_ratio(seen: Losses) -> bool:
 
 
 def _stale(seen: Losses) -> bool:
-    """I ≫ R ≈ B, or R < I ≈ B: a small gap, and still recalibration helps."""
+    """I ≫ R ≈ B: or R so much nearer to B that it explains most of the gap."""
     if seen.exceeds("recalibrated", "batch", BATCH_LIMIT):
+        return False
+    if not seen.exceeds("inference", "batch", GAP_LIMIT):
         return False
     if seen.exceeds("inference", "recalibrated", STALE_LIMIT):
         return True
-    # Both ratios too small to count alone: the larger one has made the gap.
-    ratios = (
-        seen.ratio("inference", "recalibrated"),
-        seen.ratio("recalibrated", "batch"),
-    )
-    if not seen.exceeds("inference", "batch", GAP_LIMIT):
+    stale = seen.ratio("inference", "recalibrated")
+    unfit = seen.ratio("recalibrated", "batch")
+    return stale is None or unfit is None or stale >= unfit
+
+
+def _helped(seen: Losses) -> bool:
+    """R < I ≈ B."""
+    if seen.exceeds("recalibrated", "batch", BATCH_LIMIT):
         return False
-    return ratios[0] is None or ratios[1] is None or ratios[0] >= ratios[1]
+    return seen.exceeds("inference", "recalibrated", STALE_LIMIT)
 
 
 def _batches(seen: Losses) -> bool:
@@ -230,13 +235,24 @@ STALE_CAUSES = frozenset(
         TINY_BATCH,
         RESCALED_INPUTS,
         STALE,
-        # Its windows prove it by themselves: a sample that is one stretch of a
-        # drifting series shows too small an R.
+        # The windows of training prove these by themselves: a sample that is one
+        # stretch of a drifting series, or goes through one of several calls only,
+        # shows too small an R.
         CORRELATED_BATCHES,
+        MIXED_CALLS,
     }
 )
 BATCH_CAUSES = frozenset(
-    {CORRELATED_BATCHES, MIXED_CALLS, TINY_BATCH, OUTLIERS, RESCALED_INPUTS, NON_FINITE}
+    {
+        CORRELATED_BATCHES,
+        MIXED_CALLS,
+        TINY_BATCH,
+        OUTLIERS,
+        RESCALED_INPUTS,
+        NON_FINITE,
+        # Replicas whose shares differ are batches that differ.
+        REPLICAS_DIFFER,
+    }
 )
 ADAPTED_CAUSES = frozenset({INFERENCE_MODE, TINY_BATCH, NON_FINITE})
 ALL_CAUSES = STALE_CAUSES | BATCH_CAUSES | ADAPTED_CAUSES
@@ -245,6 +261,7 @@ FAMILIES = (
     #   seen                         what may be the cause
     Row(Family.UNKNOWN, _no_ratio, ALL_CAUSES),
     Row(Family.STALE, _stale, STALE_CAUSES),
+    Row(Family.HELPED, _helped, STALE_CAUSES),
     Row(Family.BATCHES, _batches, BATCH_CAUSES),
     Row(Family.ADAPTED, _adapted, ADAPTED_CAUSES),
     Row(Family.INNOCENT, lambda seen: True, frozenset({NON_FINITE})),

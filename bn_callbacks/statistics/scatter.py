@@ -19,12 +19,14 @@ class Scatter:
     Args:
         mean: Variance of a batch's mean, averaged over the channels.
         variation: Coefficient of variation of a batch's variances, averaged so too.
-        worst_variation: The same of the channel where it is largest.
+        dominance: The largest variance of a batch over one that three quarters of the
+            batches do not exceed, in the channel where that is most: rare examples
+            that dominate show in few batches.
     """
 
     mean: float
     variation: float
-    worst_variation: float
+    dominance: float
 
 
 def scatter(
@@ -48,26 +50,34 @@ def scatter(
     if len(batches.mean) < MIN_BATCHES or not _is_finite(batches):
         return None
     unit = batches.variance.mean(axis=0) + epsilon
-    return _scatter(
-        batches.mean.var(axis=0, ddof=1) / unit,
-        batches.variance.var(axis=0, ddof=1) / unit**2,
-        rounding,
+    return Scatter(
+        _less(batches.mean.var(axis=0, ddof=1) / unit, rounding),
+        math.sqrt(float((batches.variance.var(axis=0, ddof=1) / unit**2).mean())),
+        _dominance(batches.variance, batches.variance, epsilon),
     )
 
 
 def neighbours(
-    runs: Sequence[Statistics], epsilon: float, *, rounding: float = 0.0
+    runs: Sequence[Statistics],
+    epsilon: float,
+    *,
+    rounding: float = 0.0,
+    window: Statistics | None = None,
 ) -> Scatter | None:
-    """How batches of successive training steps differ: half of `D(1)`.
+    """How batches of successive training steps differ, apart from drift.
 
-    Over a single step the weights hardly move, and batches that alternate, which no
-    window of an even number of steps shows, differ in full.
+    With `D(k)` the mean squared difference of batches `k` steps apart, the variance is
+    `D(1) − D(2)/2`: in a random walk of the weights both grow alike, and the walk drops
+    out; a steady drift leaves nothing. Batches that alternate, which no window of an
+    even number of steps shows, differ in full.
 
     Args:
         runs: For each run of successive steps the batches' statistics, of shape
             `(steps, channels)`.
         epsilon: The layer's epsilon.
         rounding: Variance of a mean that rounding makes, in the same units.
+        window: Statistics of many steps together, which a rare batch of huge variance
+            dominates, though no run may have met one.
 
     Returns:
         The scatter, the median over the runs; None without runs of 4 steps.
@@ -75,36 +85,60 @@ def neighbours(
     Examples:
         >>> means = np.array([[0.0], [2.0], [0.0], [2.0]])
         >>> neighbours([Statistics(means, np.ones((4, 1)))], 0.0).mean
-        2.0
+        4.0
     """
     found = []
     for run in runs:
         if len(run.mean) < MIN_BATCHES or not _is_finite(run):
             continue
         unit = run.variance.mean(axis=0) + epsilon
-        of_mean = np.square(np.diff(run.mean, axis=0)).mean(axis=0) / 2
-        of_variance = np.square(np.diff(run.variance, axis=0)).mean(axis=0) / 2
-        found.append(_scatter(of_mean / unit, of_variance / unit**2, rounding))
+        found.append(
+            (
+                _less(_noise(run.mean) / unit, rounding),
+                math.sqrt(float((_noise(run.variance) / unit**2).mean())),
+            )
+        )
+        last = run.variance
     if not found:
         return None
+    all_of_it = last if window is None else np.vstack([last, window.variance])
     return Scatter(
-        *(
-            float(np.median([getattr(each, name) for each in found]))
-            for name in ("mean", "variation", "worst_variation")
-        )
+        float(np.median([mean for mean, _ in found])),
+        float(np.median([variation for _, variation in found])),
+        _dominance(last, all_of_it, epsilon),
     )
+
+
+def larger(one: Scatter | None, other: Scatter | None) -> Scatter | None:
+    """What either has shown, figure by figure; None if neither has."""
+    if one is None or other is None:
+        return one or other
+    return Scatter(
+        mean=max(one.mean, other.mean),
+        variation=max(one.variation, other.variation),
+        dominance=max(one.dominance, other.dominance),
+    )
+
+
+def _noise(points: np.ndarray) -> np.ndarray:
+    one, two = (
+        np.square(points[k:] - points[:-k]).mean(axis=0, dtype=np.float64)
+        for k in (1, 2)
+    )
+    return np.asarray(np.maximum(one - two / 2, 0.0))
 
 
 MIN_BATCHES = 4
 """With fewer batches their scatter is a guess."""
 
 
-def _scatter(of_mean: np.ndarray, of_variance: np.ndarray, rounding: float) -> Scatter:
-    return Scatter(
-        max(0.0, float(of_mean.mean()) - rounding),
-        math.sqrt(float(of_variance.mean())),
-        math.sqrt(float(of_variance.max(initial=0.0))),
-    )
+def _less(of_mean: np.ndarray, rounding: float) -> float:
+    return max(0.0, float(of_mean.mean()) - rounding)
+
+
+def _dominance(usual: np.ndarray, variances: np.ndarray, epsilon: float) -> float:
+    middle = np.maximum(np.quantile(usual, 0.75, axis=0), 0.0) + epsilon
+    return float(((variances.max(axis=0) + epsilon) / middle).max(initial=1.0))
 
 
 def _is_finite(batches: Statistics) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from numpy.typing import NDArray
 
 from bn_callbacks.layers import (
     BatchNormLayer,
@@ -30,6 +32,8 @@ from bn_callbacks.report import BatchNormReport, layer_reports
 from bn_callbacks.statistics.causes import CORRELATED_BATCHES, HEALTHY
 from bn_callbacks.statistics.diagnosis import DESIGN_LIMIT
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
+from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.scatter import Scatter, larger
 from bn_callbacks.watching.clues import find_clues
 from bn_callbacks.watching.examples import ExampleCounter
 from bn_callbacks.watching.findings import Findings
@@ -172,7 +176,7 @@ class BatchNormWatch:
         self._knows_calls = False
         self._examples = ExampleCounter(self.model)
         self._fingerprint = Fingerprint(self.model)
-        self._weights: bytes | None = None
+        self._weights: NDArray[np.float64] | None = None
 
     @property
     def has_layers(self) -> bool:
@@ -315,7 +319,9 @@ class BatchNormWatch:
             self._calls.end(0)
 
     def _are_weights_replaced(self) -> bool:
-        return self._weights not in (None, self._fingerprint())
+        return self._weights is not None and self._fingerprint.is_replaced(
+            self._weights
+        )
 
     def messages(
         self,
@@ -389,9 +395,10 @@ class BatchNormWatch:
                 calls=self.calls,
             )
         losses = None if self._reading is None else self._reading.losses
-        inferred = {}
+        inferred: dict[BatchNormLayer, Statistics] = {}
+        in_probe: dict[BatchNormLayer, Scatter | None] = {}
         if self._reading is not None and self._is_fresh:
-            inferred = self._reading.inferred
+            inferred, in_probe = self._reading.inferred, self._reading.scatter
         self.evidence = [
             dataclasses.replace(
                 seen,
@@ -399,6 +406,7 @@ class BatchNormWatch:
                 last_batch_size=self._examples.last_batch_size,
                 are_weights_replaced=are_weights_replaced,
                 inferred=inferred.get(bn),
+                scatter=larger(seen.scatter, in_probe.get(bn)),
                 is_grouped=self._proofs[bn.path] >= PROOFS,
                 family=seen.family if losses is None else losses.family,
             )

@@ -273,7 +273,7 @@ class Windows:
             "windows": self._batches(kept, index, steps) if times else None,
             "window_updates": steps * count if times else None,
             "window_share": window_noise(bn.momentum, steps * count) if times else None,
-            "scatter": self._scatter(index),
+            "scatter": self._scatter(index, batch),
             "replicas": self._readings.statistics(self._readings.now, index)
             if len(self._readings.now) > 1 and times >= MIN_WINDOWS
             else [],
@@ -289,7 +289,7 @@ class Windows:
             batch.variance, *(each.variance for each in made_of)
         )
 
-    def _scatter(self, index: int) -> Scatter | None:
+    def _scatter(self, index: int, window: Statistics | None) -> Scatter | None:
         """How the batches of successive single steps differ."""
         bn, count = self.layers[index], self._calls[index].updates or 0
         if bn.momentum == 1 or bn.precision is not None or not count:
@@ -302,7 +302,7 @@ class Windows:
             runs.append(bn.statistics(batches.swapaxes(0, 1)))
         moving = self._part(self._readings.now, index)
         rounding = rounding_of(moving, bn.epsilon, bn.momentum**count)
-        return neighbours(runs, bn.epsilon, rounding=rounding)
+        return neighbours(runs, bn.epsilon, rounding=rounding, window=window)
 
     def _latest(
         self, index: int, windows: list[_Window], updates: int
