@@ -10,8 +10,15 @@ from bn_callbacks.watching.findings import WORSE, Findings
 SICK = LayerReport("bn", cause="outliers", lag=1.0, advice="Clean the data.")
 
 
+def look(
+    findings: Findings, *layers: LayerReport, steps_left: int | None = 100
+) -> list[str]:
+    return findings.messages(BatchNormReport(layers), steps_left)
+
+
 def said(findings: Findings, *layers: LayerReport) -> list[str]:
-    return findings.messages(BatchNormReport(layers), steps_left=100)
+    """What two looks say that find the same."""
+    return look(findings, *layers) + look(findings, *layers)
 
 
 def of(lag: float | None, path: str = "bn", cause: str = "outliers") -> LayerReport:

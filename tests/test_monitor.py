@@ -60,7 +60,7 @@ def batches_of(x):
 
 def recovered(monitor, index=0):
     """What the monitor made of its readings: steps and statistics per window."""
-    windows = monitor._windows
+    windows = monitor._watch._windows
     return [
         (kept.steps, np.array(windows._batch(kept.old, kept.new, kept.steps, index)))
         for kept in windows._kept
@@ -667,7 +667,8 @@ def test_warns_of_warming_up_once_with_layer_figure_cause_and_remedy():
     with pytest.warns(BatchNormLagWarning) as warned:
         fit_with(monitor, model, x, y, [look], epochs=3)
     (message,) = lag_warnings(warned)
-    worst = worsts[0]
+    # The second look confirms the first.
+    worst = worsts[1]
     assert worst.cause == "warming_up"
     assert worst.path in message
     assert f"{worst.lag:.2f} standard deviations" in message
@@ -688,7 +689,7 @@ def test_knows_how_long_a_resumed_fit_is():
     x, y = data(20, spread=0)
     seen = []
     look = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: seen.append(monitor._steps_left())
+        on_epoch_end=lambda *_: seen.append(monitor._watch.steps_left)
     )
     monitor = BatchNormMonitor(on_lag="ignore")
     fit_with(monitor, make_model(), x, y, [look], initial_epoch=5, epochs=7)
@@ -867,8 +868,6 @@ def test_debiasing_silences_no_other_cause(is_first):
         ({"on_lag": "print"}, "'warn', 'raise' or 'ignore'", "on_lag='print'"),
         ({"threshold": 0}, "positive number", "threshold=0"),
         ({"threshold": None}, "positive number", "threshold=None"),
-        ({"probe": [1, 2]}, r"a tuple \(x, y\)", "probe of type list"),
-        ({"probe": (1,)}, r"a tuple \(x, y\)", "probe of type tuple"),
     ],
 )
 def test_bad_arguments_are_named_at_once(arguments, what, received):

@@ -314,13 +314,19 @@ def scatter_of_means(seen: Evidence, stream: Stream | None) -> float:
 
 
 def _variance_of_means(seen: Evidence, stream: Stream | None) -> float | None:
-    """By batches that follow each other, or else by windows.
+    """By batches that follow each other, and by windows.
 
-    Where weights leap, windows differ though batches do not.
+    Where weights leap, windows differ though batches do not: so windows, which are
+    more, may correct what few batches have shown, and not replace it.
     """
-    if seen.scatter is not None:
-        return seen.scatter.mean
-    return None if stream is None else stream.mean_noise
+    if seen.scatter is None:
+        return None if stream is None else stream.mean_noise
+    by_windows = 0.0 if stream is None else stream.mean_noise
+    return max(seen.scatter.mean, min(by_windows, CORRECTED * seen.scatter.mean))
+
+
+CORRECTED = 4.0
+"""How many times the variance that a few batches have shown windows may show."""
 
 
 def _disagreement(seen: Evidence) -> float | None:

@@ -215,7 +215,7 @@ class BatchNormWatch:
             self._examples.begin()
             self._read_at = self._shown_at = done
             self._due_at = done + self.interval
-            self._singles_from = self._due_at if self._has_time() else done
+            self._singles_from = done + self._lead()
             if not self._knows_calls:
                 self._calls.begin()
             return False
@@ -237,9 +237,12 @@ class BatchNormWatch:
             self._shown_at = done
         return is_shown
 
-    def _has_time(self) -> bool:
-        """Whether an epoch is so long that single steps are read after a window."""
-        return self._announced is None or self._announced > self.interval + RUN
+    def _lead(self) -> int:
+        """Steps before single ones are read: some windows, each epoch one more."""
+        if self._announced is None:
+            return self.interval
+        windows = max(0, self._announced - RUN) // self.interval
+        return self.interval * ((self._epochs_done + 1) % (windows + 1))
 
     def _is_single(self, done: int) -> bool:
         """Whether to read single steps now: a few in early epochs, then rarely."""
