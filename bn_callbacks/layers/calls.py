@@ -148,7 +148,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
                 each.note(layer, is_update)
             return own(*args, **kwargs)
 
-        counted._is_counting = True  # type: ignore[attr-defined]
+        counted.is_counting = True  # type: ignore[attr-defined]
         return counted
 
     for name, is_update in _NAMES.items():
@@ -158,7 +158,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
 
 def _restore(layer: keras.layers.Layer) -> None:
     for name in _NAMES:
-        if hasattr(vars(layer).get(name), "_is_counting"):
+        if hasattr(vars(layer).get(name), "is_counting"):
             del vars(layer)[name]
 
 

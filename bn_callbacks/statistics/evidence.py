@@ -344,6 +344,9 @@ def _ordered(seen: Evidence) -> float:
 ALIKE = 0.05
 """Relative spread up to which the channels' ratios are one factor."""
 
+FEW_CHANNELS = 4
+"""With fewer channels, equal ratios are no proof unless the means fit closely."""
+
 LEAST_FACTOR = 2.0
 """A factor nearer to 1 than this is not called preprocessing."""
 
@@ -368,8 +371,10 @@ def _factor(seen: Evidence) -> float | None:
     off = np.sqrt(np.mean(np.square(ratios / factor - 1)))
     shift = (batch.mean - factor * moving.mean) / np.sqrt(batch.variance)
     size = np.sqrt(np.mean(batch.mean**2 / batch.variance))
-    # Means around 0 fit any factor, and so prove none.
-    is_one = off < ALIKE and np.sqrt(np.mean(shift**2)) < min(0.1, 0.2 * size)
+    # Means around 0 fit any factor, and so prove none; a bias before the layer, which
+    # the data do not scale, may move the others, but not most of the way.
+    least = 0.1 if len(ratios) < FEW_CHANNELS else math.inf
+    is_one = off < ALIKE and np.sqrt(np.mean(shift**2)) < min(least, 0.4 * size)
     is_large = max(factor, 1 / factor) >= LEAST_FACTOR
     return factor if is_one and is_large else None
 

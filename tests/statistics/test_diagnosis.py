@@ -399,7 +399,8 @@ def test_weights_that_leap_are_not_batches_that_differ():
     assert diagnose(leaping).cause == causes.CORRELATED_BATCHES
     alike = replace(leaping, scatter=Scatter(1 / 32, 0.1, 1.5))
     assert diagnose(alike).cause != causes.CORRELATED_BATCHES
-    assert diagnose(alike).figures.design_effect == pytest.approx(31 / 32)
+    # Windows may correct what few batches have shown, by a factor of 4.
+    assert diagnose(alike).figures.design_effect == pytest.approx(4 * 31 / 32)
 
 
 def test_grouped_batches_once_proven_stay_so():
