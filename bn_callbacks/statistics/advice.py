@@ -106,20 +106,21 @@ def _drifting(seen: Evidence, measured: Measured, momentum: float | None) -> str
 
 
 def _noisy(seen: Evidence, measured: Measured, momentum: float | None) -> str:
-    larger = "Use" if momentum is None else f"Set momentum={momentum:.3g}, use"
-    rest = ""
-    if seen.last_batch_size and seen.batch_size:
-        rest = (
-            f" The last batch of an epoch has {seen.last_batch_size:.0f} examples "
-            f"instead of {seen.batch_size:.0f} and weighs as much: drop it "
-            "(`drop_remainder=True`)."
-        )
-    return (
+    what = (
         f"The moving statistics fluctuate by {measured.noise_part:.2g} standard "
-        f"deviations from sampling alone: momentum {seen.momentum:g} averages too "
-        f"few batches. {larger} larger batches, and recalibrate before export "
-        f"(`recalibrate(model, x)`).{rest}"
+        f"deviations from sampling alone: momentum {seen.momentum:g} averages too few "
+        "batches."
     )
+    recalibrate = "recalibrate before export (`recalibrate(model, x)`)."
+    larger = "" if momentum is None else f"set momentum={momentum:.3g}, "
+    if seen.last_batch_size and seen.batch_size:
+        sizes = f"{seen.last_batch_size:.0f} examples instead of {seen.batch_size:.0f}"
+        return (
+            f"{what} The last batch of an epoch has {sizes} and weighs as much: drop it "
+            f"(`drop_remainder=True`), {larger}and {recalibrate}"
+        )
+    do = f"{larger}use larger batches, and {recalibrate}"
+    return f"{what} {do[0].upper()}{do[1:]}"
 
 
 def _correlated(seen: Evidence, measured: Measured, momentum: float | None) -> str:

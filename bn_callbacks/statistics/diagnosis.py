@@ -127,8 +127,10 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     causes = list(map(_own_cause, evidence, measured))
     of_data = [cause for cause in causes if cause in DATA_CAUSES]
     if of_data:
-        consequences = (NOISY, DRIFTING, STALE)
-        causes = [of_data[0] if cause in consequences else cause for cause in causes]
+        causes = [
+            _beside(of_data[0], seen, one, cause)
+            for seen, one, cause in zip(evidence, measured, causes, strict=True)
+        ]
     causes = _main_causes(evidence, measured, causes)
     if all(cause == HEALTHY for cause in causes):
         causes = _unexplained(evidence, measured)
@@ -139,6 +141,14 @@ def _verdict(evidence: Evidence, measured: Measured, cause: str) -> Diagnosis:
     momentum = suggested_momentum(evidence, measured, cause)
     advice = advise(evidence, measured, cause, momentum)
     return Diagnosis(cause, advice, momentum, measured.figures)
+
+
+def _beside(of_data: str, seen: Evidence, measured: Measured, cause: str) -> str:
+    """What a layer's own cause is, if bad batches are the cause elsewhere."""
+    if cause in (NOISY, DRIFTING, STALE):
+        return of_data
+    is_minor = cause == WARMING_UP and measured.start_part <= seen.threshold
+    return HEALTHY if is_minor else cause
 
 
 def _main_causes(
