@@ -116,8 +116,8 @@ def _noisy(seen: Evidence, measured: Measured, momentum: float | None) -> str:
     if seen.last_batch_size and seen.batch_size:
         sizes = f"{seen.last_batch_size:.0f} examples instead of {seen.batch_size:.0f}"
         return (
-            f"{what} The last batch of an epoch has {sizes} and weighs as much: drop it "
-            f"(`drop_remainder=True`), {larger}and {recalibrate}"
+            f"{what} The last batch of an epoch has {sizes} and weighs as much: drop "
+            f"it (`drop_remainder=True`), {larger}and {recalibrate}"
         )
     do = f"{larger}use larger batches, and {recalibrate}"
     return f"{what} {do[0].upper()}{do[1:]}"
