@@ -21,7 +21,7 @@ from bn_callbacks.layers import (
     team_of,
 )
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Measurement, Population
+from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.probe import EachBatch, three_losses
 from bn_callbacks.measuring.reach import split
 from bn_callbacks.report import BatchNormReport, layer_reports
@@ -86,6 +86,7 @@ def audit(
         targets, *_ = split(model, found, batches)
         in_inference = Population(model, found)
         by_batch = Population(model, targets, loss=has_loss, penalties=False)
+        solver = Population(model, targets)
     in_inference.share(batches)
     seen = Seen()
     # Replicas of other workers may store something else.
@@ -99,7 +100,9 @@ def audit(
         batch = by_batch.measure(batches, until=each.until)
         seen.in_batches(targets, batch, each.scatter)
         if has_loss:
-            losses = three_losses(by_batch, batches, read(targets), batch).losses
+            losses = three_losses(
+                by_batch, solver, batches, read(targets), batch
+            ).losses
     return report_on(found, stored, model, seen, losses)
 
 
@@ -168,7 +171,7 @@ def _reached(
     return {
         bn: moments.statistics
         for bn, moments in zip(layers, measured.moments, strict=True)
-        if moments.count > 0
+        if not moments.is_empty
     }
 
 

@@ -30,13 +30,20 @@ from bn_callbacks.layers import (
     snapshot,
     team_of,
 )
+from bn_callbacks.measuring.consistent import (
+    RESIDUAL_LIMIT,
+    Solution,
+    by_passes,
+    consistent,
+    known,
+)
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population, Until
+from bn_callbacks.measuring.one_pass import Population, Until
 from bn_callbacks.measuring.probe import Probe
+from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.reach import split
-from bn_callbacks.measuring.refinement import refine_statistics
 from bn_callbacks.report import RecalibrationReport
-from bn_callbacks.statistics.moments import Moments
+from bn_callbacks.statistics.moments import Moments, Statistics
 from bn_callbacks.statistics.sampling import Blocks
 
 MIN_BATCHES = 16
@@ -206,6 +213,7 @@ class Recalibration:
             self._population = Population(model, self._targets, dropout=dropout)
             if validation_data is not None:
                 self._validation = Probe(model, validation_data, self._targets)
+        batches.mix()
         self._population.share(batches)
 
     def run(self, verbose: int | Literal["auto"]) -> RecalibrationReport:
@@ -213,42 +221,39 @@ class Recalibration:
         show = 1 if verbose == "auto" else int(verbose)
         if not self._team.is_chief:
             show = 0
+        progress = Progress(bool(show), self._batches.length)
         targets = self._targets
-        first = self._population.measure(
-            self._batches,
-            until=self._precise if self._tolerance is not None else None,
-            target=self._batches.length,
-            verbose=show,
-        )
-        batches = self._batches.first(first.own_batches)
-        reached = [moments.count > 0 for moments in first.moments]
+        old = read(targets)
+        solution = self._solve(old, progress)
+        reached = [not moments.is_empty for moments in solution.measured.moments]
         if not any(reached):
             raise ValueError(
                 "The data reach no BatchNormalization layer. Received: "
-                f"{first.batches} batches with nothing in them that counts. Pass data "
-                "that are not empty or masked throughout."
+                f"{solution.measured.batches} batches with nothing in them that "
+                "counts. Pass data that are not empty or masked throughout."
             )
-        old = read(targets)
         seen = Seen()
-        seen.in_batches(targets, first, {})
+        seen.in_batches(targets, solution.measured, {})
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen
         )
-        new, residuals, passes = refine_statistics(
-            self._population, batches, first, old, self._refine, show
-        )
         loss_before = loss_after = None
         if self._validation is not None:
             loss_before = self._validation.inference_loss(old)
-            loss_after = self._validation.inference_loss(new)
-        committed = not _is_worse(loss_after, loss_before)
+            loss_after = self._validation.inference_loss(solution.statistics)
+        residual = known(solution.residuals)
+        is_nearer = residual is None or residual < max(RESIDUAL_LIMIT, before.max_lag)
+        committed = is_nearer and not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
             written = [i for i, is_reached in enumerate(reached) if is_reached]
             try:
                 with self._team.agreed():
-                    assign([targets[i] for i in written], [new[i] for i in written])
+                    assign(
+                        [targets[i] for i in written],
+                        [solution.statistics[i] for i in written],
+                    )
             except BaseException:
                 restore(saved)
                 raise
@@ -256,25 +261,43 @@ class Recalibration:
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
         ]
+        progress.end()
         report = RecalibrationReport(
             before=before,
-            residual=max(
-                (each for each in residuals if each is not None), default=None
-            ),
-            samples=first.samples,
-            batches=first.batches,
-            passes=passes,
+            residual=residual,
+            samples=solution.measured.samples,
+            batches=solution.measured.batches,
+            passes=progress.passes,
             committed=committed,
             loss_before=loss_before,
             loss_after=loss_after,
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
-            residuals=(*residuals, *[None] * len(uncalled)),
+            residuals=(*solution.residuals, *[None] * len(uncalled)),
             _undo=lambda: restore(saved),
         )
         if show:
             print(report)
         return report
+
+    def _solve(self, old: list[Statistics], progress: Progress) -> Solution:
+        until = self._precise if self._tolerance is not None else None
+        if self._refine == "auto":
+            return consistent(
+                self._population,
+                self._batches,
+                old,
+                until=until,
+                progress=progress,
+            )
+        return by_passes(
+            self._population,
+            self._batches,
+            old,
+            self._refine,
+            until=until,
+            progress=progress,
+        )
 
     def _precise(self) -> Until:
         """Makes a test for whether every layer's statistics are precise enough."""

@@ -295,7 +295,10 @@ def test_rounding_is_to_what_the_layer_stores() -> None:
     assign([bn], [rounded])
     assert read([bn])[0].mean.tolist() == [64.5]
     read_mean, _ = bn.as_read(
-        tf.constant([64.3], tf.float64), tf.constant([1.0], tf.float64), tf.float32
+        tf.constant([64.3], tf.float64),
+        tf.constant([1.0], tf.float64),
+        tf.float32,
+        True,
     )
     assert read_mean.numpy().tolist() == [64.5]
     assert read_mean.dtype == tf.float32
@@ -305,7 +308,9 @@ def test_reading_as_a_layer_does_leaves_the_layer() -> None:
     model = scatter(single(2))
     (bn,) = find(model)
     with unchanged(model):
-        bn.as_read(tf.constant([5.0, 5.0]), tf.constant([2.0, 2.0]), tf.float32)
+        bn.as_read(
+            tf.constant([5.0, 5.0]), tf.constant([2.0, 2.0]), tf.float32, is_stored=True
+        )
 
 
 # Reading all layers at once.

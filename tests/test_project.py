@@ -171,7 +171,7 @@ def test_imports_run_downwards(module):
     [
         ("statistics.lag", "from bn_callbacks import report"),
         ("statistics.lag", "from ..layers import find"),
-        ("layers", "import bn_callbacks.measuring.population as p"),
+        ("layers", "import bn_callbacks.measuring.one_pass as p"),
         ("layers", "from .report import LayerReport"),
         ("layers", "def f():\n    from . import measuring"),
         ("recalibration", "from bn_callbacks import audit"),

@@ -33,6 +33,7 @@ from models import (
 )
 
 from bn_callbacks import audit, recalibrate, recalibrated
+from bn_callbacks.measuring import sample
 
 # One layer: the pooled moments of the data, however they are split.
 
@@ -46,8 +47,8 @@ def test_one_layer_stores_pooled_moments_however_the_data_are_split(
     report = recalibrate(model, x, batch_size=batch_size, verbose=0)
     ((mean, variance),) = stored(model)
     exact = x.astype(np.float64)
-    np.testing.assert_allclose(mean, exact.mean(0), rtol=3e-7)
-    np.testing.assert_allclose(variance, exact.var(0), rtol=3e-7)  # biased
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, exact.var(0), rtol=1e-6)  # biased
     assert (report.samples, report.batches) == (101, -(-101 // batch_size))
 
 
@@ -236,7 +237,7 @@ def test_grouped_batches_need_refinement_and_get_it() -> None:
     report = recalibrate(refined, x, verbose=0)
     assert residual(one_pass, cut(x, 32)) > 0.05
     assert residual(refined, cut(x, 32)) <= 1e-3
-    assert report.passes > 2
+    assert report.passes == 1  # the sample has all of them
 
 
 def test_a_single_layer_over_many_batches_needs_one_pass_only() -> None:
@@ -257,7 +258,10 @@ def test_two_recalibrations_are_as_good_as_one() -> None:
     assert report.residual <= 1e-3
 
 
-def test_data_that_differ_from_pass_to_pass_do_not_loop() -> None:
+def test_data_that_differ_from_pass_to_pass_do_not_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sample, "MEMORY", 0)
     draw = np.random.default_rng(0)
 
     class Random(keras.utils.PyDataset):
@@ -603,12 +607,12 @@ def traces(x: Any, **arguments: Any) -> int:
 
 
 def test_each_mode_is_traced_once_also_with_a_short_last_batch() -> None:
-    # Once to see what training would do, once a mode.
+    # Once to see what training would do, once for all modes.
     assert traces(normal(64, 6), refine=0) == 2
-    assert traces(normal(70, 6), refine=0) == 2
-    assert traces(normal(70, 6), refine=2) == 3
+    assert traces(normal(70, 6)) == 2
+    assert traces(normal(70, 6), refine=2) == 2
     sizes = [normal(size, 6) for size in (7, 32, 1, 20)]
-    assert traces(iter(sizes), refine=2) == 3
+    assert traces(iter(sizes), refine=2) == 2
 
 
 # Dropout.
@@ -803,7 +807,7 @@ def test_verbose_shows_progress_and_the_result(
     assert out.splitlines()[-1] == str(report)
     assert re.search(
         r"^Recalibrated 2 BatchNormalization layers over 70 samples \(3 batches, "
-        rf"{report.passes} passes\): lag [\d.]+ before, .* after\.$",
+        r"1 pass\): lag [\d.]+ before, .* after\.$",
         str(report),
     )
 

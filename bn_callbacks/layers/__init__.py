@@ -31,6 +31,7 @@ from bn_callbacks.layers.inputs import (
     takes_any_batch,
     to_model_inputs,
 )
+from bn_callbacks.layers.memory import memory_of, structure_of
 from bn_callbacks.layers.modes import (
     batch_mode,
     compute_loss,
@@ -75,6 +76,7 @@ __all__ = [
     "is_built",
     "is_stale",
     "iterations",
+    "memory_of",
     "pinned_in_graph",
     "read",
     "read_replicas",
@@ -86,6 +88,7 @@ __all__ = [
     "steps_made",
     "steps_per_execution",
     "strategy",
+    "structure_of",
     "takes_any_batch",
     "takes_training",
     "team_of",

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from bn_callbacks.arguments import shown
 from bn_callbacks.statistics.moments import Statistics
 
+RESOLUTION = 1e-6
+"""Least σ, and least ratio of it to the mean, that float32 can divide by."""
+
 LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
@@ -23,7 +26,8 @@ LayerSelection: TypeAlias = (
 )
 
 
-Moments = Callable[[Any, Any], tuple[Any, Any]]
+MomentsFunction: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
+"""Stands in for a layer's `_moments(inputs, mask)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +125,8 @@ class BatchNormLayer:
             ValueError: A value is not finite in the layer's own dtype.
         """
         mean, variance = statistics
+        if self.has_floor:
+            variance = np.maximum(variance, self.floor(mean))
         values = [mean, variance]
         if self.renorm:
             stddev = np.sqrt(variance + self.epsilon)
@@ -149,19 +155,39 @@ class BatchNormLayer:
         (_, mean), (_, variance), *_ = self.new_state(statistics, in_training=False)
         return Statistics(mean.astype(np.float64), variance.astype(np.float64))
 
-    def as_read(self, mean: Any, variance: Any, dtype: Any) -> tuple[Any, Any]:
-        """Tensors as a call reads them if they are the layer's moving statistics.
+    def as_read(
+        self, mean: Any, variance: Any, dtype: Any, is_stored: Any
+    ) -> tuple[Any, Any]:
+        """Tensors as a call reads them: of batches, or of the moving statistics.
 
-        The layer's dtype rounds them, and with a mixed policy of Keras before 3.3
-        reading rounds them once more.
+        The layer's dtype rounds what it stores, and with a mixed policy of Keras
+        before 3.3 reading rounds it once more.
         """
-        pairs = ((self.layer.moving_mean, mean), (self.layer.moving_variance, variance))
+        used = tf.cast(mean, dtype), tf.cast(variance, dtype)
+        layer = self.layer
+        if layer.compute_dtype == dtype.name == self.layer.moving_mean.dtype:
+            return used
+        pairs = ((layer.moving_mean, mean), (layer.moving_variance, variance))
         mapping = [(variable, tf.cast(new, variable.dtype)) for variable, new in pairs]
         with keras.StatelessScope(mapping):
-            read_mean, read_variance = (
-                keras.ops.cast(variable, dtype.name) for variable, _ in pairs
-            )
-        return read_mean, read_variance
+            stored = [keras.ops.cast(variable, dtype.name) for variable, _ in pairs]
+        as_given = [
+            tf.where(is_stored, *each) for each in zip(stored, used, strict=True)
+        ]
+        return as_given[0], as_given[1]
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a variance of 0 would make the layer's output not a number."""
+        return self.epsilon < RESOLUTION**2
+
+    def floor(self, mean: Any) -> Any:
+        """The smallest variance that the layer can divide by, where it has no epsilon.
+
+        Keras computes `x/σ − mean/σ`, which rounding spoils if σ is less than some
+        1e-5 of the mean.
+        """
+        return (RESOLUTION * mean) ** 2 + RESOLUTION**2
 
 
 def check_model(model: Any) -> None:

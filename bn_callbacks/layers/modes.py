@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.losses import loss as _loss
 
-from bn_callbacks.layers.find import BatchNormLayer, Moments
+from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction
 
 
 def runs_in_training_mode(
@@ -131,7 +131,7 @@ def _with_training(
 def batch_mode(
     model: keras.Model,
     layers: Sequence[BatchNormLayer],
-    moments: Callable[[BatchNormLayer], Moments],
+    moments: Callable[[BatchNormLayer], MomentsFunction],
     fused: Callable[[BatchNormLayer], Callable[..., Any]] | None = None,
 ) -> Iterator[None]:
     """Makes `layers` normalise with the statistics that `moments` returns.

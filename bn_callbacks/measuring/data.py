@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class Batches:
         # A longer stream than this is never read to its end.
         self.steps = None if steps is None else min(int(steps), sys.maxsize)
         self._part, self._parts = 0, 1
+        self._order: Sequence[int] | None = None
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
@@ -98,6 +99,25 @@ class Batches:
             return None
         return len(range(self._part, self._length, self._parts))
 
+    def mix(self) -> None:
+        """From now on gives batches in random order, the same each time.
+
+        Those of arrays and `PyDataset`s; other data come in the order that they have.
+        """
+        if isinstance(self._source, (_Arrays, _Indexed)) and self._length is not None:
+            self._order = np.random.default_rng(0).permutation(self._length).tolist()
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the first batches are a sample of all."""
+        return self._order is not None
+
+    def sample(self, size: int) -> Batch | None:
+        """So many examples of arrays, spread over all; None for other data."""
+        if not isinstance(self._source, _Arrays):
+            return None
+        return _to_tensors(self._source.sample(size, self.steps), 0)
+
     def __iter__(self) -> Iterator[Batch]:
         count = 0
         for item in itertools.islice(self._items(), self.steps):
@@ -107,7 +127,7 @@ class Batches:
                     f"{MAX_UNSIZED_BATCHES} batches and steps=None. Pass `steps`."
                 )
             is_own = count % self._parts == self._part
-            batch = _to_tensors(item, count) if is_own else item
+            batch = _to_tensors(item, self._place(count)) if is_own else item
             # An iterator can be read once only, so what it gave is kept.
             if self._once is not None and count == len(self._kept):
                 self._kept.append(batch)
@@ -126,9 +146,16 @@ class Batches:
         """From now on gives every `parts`-th batch only, from number `part` on."""
         self._part, self._parts = part, parts
 
+    def read(self, count: int) -> int:
+        """How many batches of the data `count` of these are."""
+        return count
+
     def number(self, index: int) -> int:
         """The number in the data of the `index`-th batch that is given."""
-        return self._part + index * self._parts
+        return self._place(self._part + index * self._parts)
+
+    def _place(self, count: int) -> int:
+        return count if self._order is None else self._order[count]
 
     def checksum(self) -> float:
         """A number that almost surely tells other data, by their first batch."""
@@ -142,6 +169,8 @@ class Batches:
 
     def _items(self) -> Iterator[Any]:
         source = iter(self._source if self._once is None else self._once)
+        if isinstance(self._source, (_Arrays, _Indexed)) and self._order is not None:
+            source = map(self._source.__getitem__, self._order)
         yield from list(self._kept)
         for index in itertools.count(len(self._kept)):
             try:
@@ -150,7 +179,9 @@ class Batches:
                 return
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
+                    error.add_note(
+                        f"Raised by batch {self._place(index)} of `x`, counted from 0."
+                    )
                 raise
             yield item
 
@@ -173,6 +204,10 @@ class First:
     def first(self, count: int) -> "First":
         """The first `count` of these."""
         return First(self.batches, min(count, self.length))
+
+    def read(self, count: int) -> int:
+        """How many batches of the data `count` of these are."""
+        return count
 
     def number(self, index: int) -> int:
         """The number in the data of the `index`-th batch that is given."""
@@ -349,26 +384,45 @@ class _Arrays:
         return math.ceil(self._samples / self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self._samples, self._batch_size):
-            part: Any = slice(start, start + self._batch_size)
-            if self._order is not None:
-                # Within a batch the order does not matter, but to files on a disk.
-                part = np.sort(self._order[part])
-            yield tf.nest.map_structure(
-                lambda leaf, part=part: None if leaf is None else _cut(leaf, part),
-                self._parts,
-            )
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Batch:
+        start = index * self._batch_size
+        part: Any = slice(start, start + self._batch_size)
+        if self._order is not None:
+            # Within a batch the order does not matter, but to files on a disk.
+            part = np.sort(self._order[part])
+        return self._cut(part)
+
+    def sample(self, size: int, steps: int | None) -> Batch:
+        """Examples of the first `steps` batches, drawn at random, the same each time.
+
+        All of them in their order where there are no more.
+        """
+        total = min(self._samples, self._batch_size * (steps or len(self)))
+        rows = np.arange(total) if self._order is None else self._order[:total]
+        if size < total:
+            rows = np.random.default_rng(0).choice(rows, size, replace=False)
+        elif total == self._samples:
+            return self._cut(slice(total))
+        return self._cut(np.sort(rows))
+
+    def _cut(self, part: Any) -> Batch:
+        cut: Batch = tf.nest.map_structure(
+            lambda leaf: None if leaf is None else _cut(leaf, part), self._parts
+        )
+        return cut
 
 
 def _cut(array: Any, part: Any) -> Any:
     if tf.is_tensor(array) and not isinstance(part, slice):
         return tf.gather(array, part)
-    # A pandas object slices by position only through `iloc`.
+    # A pandas object is cut by position only through `iloc`.
     return getattr(array, "iloc", array)[part]
 
 
 class _Indexed:
-    """A PyDataset, read in order and without its epoch hooks."""
+    """A PyDataset, read without its epoch hooks."""
 
     def __init__(self, dataset: keras.utils.PyDataset) -> None:
         self._dataset = dataset
@@ -376,7 +430,10 @@ class _Indexed:
     def __iter__(self) -> Iterator[Any]:
         size = _num_batches(self._dataset)
         indices = itertools.count() if size is None else range(size)
-        return (self._dataset[index] for index in indices)
+        return map(self.__getitem__, indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
 
 
 class _Distributed:

@@ -11,18 +11,16 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
+from bn_callbacks.measuring.consistent import consistent
 from bn_callbacks.measuring.data import Batch, Batches
-from bn_callbacks.measuring.population import Measurement, Population, Until
-from bn_callbacks.measuring.refinement import refine_statistics, seen_by
+from bn_callbacks.measuring.one_pass import Measurement, Population, Until
+from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.statistics.losses import Losses
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter
 
 SAMPLE = 512
 """Examples of a dataset that make a probe: its first batches, in their order."""
-
-ONE_BATCH = 2048
-"""Examples that may be run as a single batch, for their consistent statistics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ class EachBatch:
         """How the batches differ, for each layer that the data reach."""
         found = {}
         for index, bn in enumerate(self._layers):
-            parts = [each[index] for each in self._batches if each[index].count > 0]
+            parts = [each[index] for each in self._batches if not each[index].is_empty]
             if parts:
                 means = np.stack([part.mean for part in parts])
                 variances = np.stack([part.variance for part in parts])
@@ -109,6 +107,7 @@ class Probe:
         self._model = model
         self.layers = layers
         self._population = Population(model, layers, loss=True, penalties=False)
+        self._solver = Population(model, layers)
         self._validation: Population | None = None
         self._is_shared = False
 
@@ -125,7 +124,9 @@ class Probe:
             self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
             self._is_shared = False
         self._share()
-        return three_losses(self._population, self._batches, read(self.layers))
+        return three_losses(
+            self._population, self._solver, self._batches, read(self.layers)
+        )
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
         """The loss as `evaluate` has it, if the layers stored these statistics."""
@@ -145,6 +146,7 @@ class Probe:
 
 def three_losses(
     population: Population,
+    solver: Population,
     batches: Batches,
     stored: list[Statistics],
     by_batch: Measurement | None = None,
@@ -153,6 +155,7 @@ def three_losses(
 
     Args:
         population: Measures the loss as well.
+        solver: The same layers, without the loss.
         batches: Data with targets.
         stored: What the layers store.
         by_batch: What a pass in batch mode has measured, if there was one.
@@ -162,78 +165,48 @@ def three_losses(
     if by_batch is None:
         by_batch = population.measure(batches, until=each.until)
     inferred: dict[BatchNormLayer, Statistics] = {}
-    no_number = np.full(len(by_batch.losses), np.nan)
-    of_inference = no_number
+    of_inference = np.full(len(by_batch.losses), np.nan)
     if population.team.everywhere(is_finite(stored)):
         inference = population.measure(batches, stored)
         of_inference = inference.losses[:, 0]
         inferred = {
             bn: moments.statistics
             for bn, moments in zip(layers, inference.moments, strict=True)
-            if moments.count > 0
+            if not moments.is_empty
         }
     of_consistent = of_inference
-    if any(moments.count > 0 for moments in by_batch.moments):
-        consistent = consistent_statistics(population, batches, by_batch, stored)
-        of_consistent = no_number
-        if population.team.everywhere(is_finite(consistent)):
-            of_consistent = population.measure(batches, consistent).losses[:, 0]
+    if not all(moments.is_empty for moments in by_batch.moments):
+        solved = _consistent(solver, batches, stored)
+        if solved is None:
+            of_consistent = np.full(len(by_batch.losses), np.nan)
+        else:
+            of_consistent = population.measure(batches, solved).losses[:, 0]
     columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
-    together = _gather(population, np.stack(columns, axis=1))
-    return Reading(Losses(*together.T), inferred, each.scatter)
+    b, i, r, weights = _gather(population, np.stack(columns, axis=1)).T
+    losses = Losses(b, i, r if np.isfinite(r).all() else None, weights)
+    return Reading(losses, inferred, each.scatter)
 
 
-def consistent_statistics(
-    population: Population,
-    batches: Batches,
-    by_batch: Measurement,
-    stored: list[Statistics],
-) -> list[Statistics]:
+def _consistent(
+    solver: Population, batches: Batches, stored: list[Statistics]
+) -> list[Statistics] | None:
     """The statistics with which inference on these batches brings just themselves.
 
-    Run as one batch, a sample solves itself: each layer normalises with the statistics
-    of all of it. Where a layer is called several times that would not pool its calls,
-    and what is too large, or does not fit together, takes passes.
+    None where there are none: with any statistics, something overflows.
     """
-    whole = None
-    if not population.has_repeats and population.team.size == 1:
-        whole = _as_one(batches)
-    if whole is None:
-        first = batches.first(by_batch.own_batches)
-        return refine_statistics(population, first, by_batch, stored, "auto", 0)[0]
-    moments = population.measure(whole)
-    return list(seen_by(population.layers, moments, stored).values())
-
-
-def _as_one(batches: Batches) -> Batches | None:
-    """All batches as one; None where they are too large or of several shapes."""
-    parts, count = [], 0
-    for batch in batches:
-        parts.append(batch)
-        count += int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
-        if count > ONE_BATCH:
-            return None
-    kinds = {
-        tuple(
-            None if leaf is None else (leaf.dtype, *leaf.shape[1:])
-            for leaf in tf.nest.flatten(batch)
-        )
-        for batch in parts
-    }
-    if len(kinds) > 1 or any(
-        not isinstance(leaf, tf.Tensor)
-        for leaf in tf.nest.flatten(parts[0])
-        if leaf is not None
-    ):
+    start = [
+        one if is_finite([one]) else bn.initial
+        for bn, one in zip(solver.layers, stored, strict=True)
+    ]
+    try:
+        return consistent(
+            solver, batches, start, progress=Progress(False, batches.length)
+        ).statistics
+    except ValueError:
         return None
-    whole = tf.nest.map_structure(
-        lambda *leaves: None if leaves[0] is None else tf.concat(leaves, axis=0),
-        *parts,
-    )
-    return Batches(Sample([whole]))
 
 
-class Sample:
+class Kept:
     """Batches that are kept, to be read again.
 
     Args:
@@ -261,7 +234,7 @@ def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
         count += int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
         if count >= SAMPLE:
             break
-    return Sample(kept), True
+    return Kept(kept), True
 
 
 def _is_endless(data: Any) -> bool:

@@ -33,23 +33,29 @@ class Moments:
     depend on how the data was split.
 
     Args:
-        count: Number of values in each channel, or the sum of their weights.
-        mean: Weighted mean of each channel; `nan` if nothing was counted.
+        count: Number of values in each channel, or the sum of their weights, of shape
+            `(channels,)`: a mask may hide more of one channel than of another.
+        mean: Weighted mean of each channel; `nan` where nothing was counted.
         m2: Weighted sum of the squared deviations from `mean` in each channel.
 
     Examples:
         >>> part = Moments.from_values([[1.0, 10.0], [3.0, 10.0]])
-        >>> part.count, part.mean.tolist(), part.m2.tolist()
-        (2.0, [2.0, 10.0], [2.0, 0.0])
+        >>> part.count.tolist(), part.mean.tolist(), part.m2.tolist()
+        ([2.0, 2.0], [2.0, 10.0], [2.0, 0.0])
     """
 
-    count: float
+    count: NDArray[np.float64]
     mean: NDArray[np.float64]
     m2: NDArray[np.float64]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was counted in any channel."""
+        return not self.count.any()
+
+    @property
     def variance(self) -> NDArray[np.float64]:
-        """Biased variance of each channel, `m2 / count`; `nan` for empty moments."""
+        """Biased variance of each channel, `m2 / count`; `nan` where none is."""
         with np.errstate(invalid="ignore"):
             return self.m2 / self.count
 
@@ -68,7 +74,7 @@ class Moments:
         Returns:
             Moments with count 0, whose mean and variance are `nan`.
         """
-        return cls(0.0, np.full(channels, np.nan), np.zeros(channels))
+        return cls(np.zeros(channels), np.full(channels, np.nan), np.zeros(channels))
 
     @classmethod
     def from_values(
@@ -93,8 +99,8 @@ class Moments:
         Examples:
             >>> values = [[[1.0], [3.0], [99.0]]]
             >>> masked = Moments.from_values(values, weights=[[True, True, False]])
-            >>> masked.count, masked.mean.tolist(), masked.variance.tolist()
-            (2.0, [2.0], [1.0])
+            >>> masked.count.tolist(), masked.mean.tolist(), masked.variance.tolist()
+            ([2.0], [2.0], [1.0])
         """
         x = np.moveaxis(np.asarray(values, np.float64), axis, -1)
         w = np.asarray(1.0 if weights is None else weights, np.float64)
@@ -119,7 +125,7 @@ class Moments:
 
     @classmethod
     def from_sums(
-        cls, count: float, shift: ArrayLike, sum1: ArrayLike, sum2: ArrayLike
+        cls, count: ArrayLike, shift: ArrayLike, sum1: ArrayLike, sum2: ArrayLike
     ) -> Moments:
         """Moments from sums of the values less a shift, for instance a pilot mean.
 
@@ -127,13 +133,13 @@ class Moments:
         shift; one within a few standard deviations of the mean keeps all digits.
 
         Args:
-            count: Sum of the weights, `Σ w`.
+            count: Sum of the weights, `Σ w`, of all channels or of each.
             shift: What was subtracted from the values of each channel.
             sum1: `Σ w·(x − shift)` of each channel.
             sum2: `Σ w·(x − shift)²` of each channel.
 
         Returns:
-            The moments, empty if `count` is 0.
+            The moments, without statistics where `count` is 0.
 
         Examples:
             >>> moments = Moments.from_sums(2, shift=[5.0], sum1=[2.0], sum2=[4.0])
@@ -141,12 +147,15 @@ class Moments:
             ([6.0], [1.0])
         """
         first = np.asarray(sum1, np.float64)
-        if not count:
-            return cls.empty(first.size)
+        counts = np.broadcast_to(np.asarray(count, np.float64), first.shape)
         with np.errstate(all="ignore"):
-            mean = np.asarray(shift, np.float64) + first / count
-            m2 = np.asarray(sum2, np.float64) - first * (first / count)
-        return cls(float(count), mean, np.maximum(m2, 0.0))
+            mean = np.asarray(shift, np.float64) + first / counts
+            m2 = np.asarray(sum2, np.float64) - first * (first / counts)
+        return cls(
+            counts,
+            np.where(counts > 0, mean, np.nan),
+            np.where(counts > 0, np.maximum(m2, 0.0), 0.0),
+        )
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both parts together (Chan, Golub and LeVeque, 1979).
@@ -158,24 +167,28 @@ class Moments:
             other: Moments of values that are not in this part.
 
         Returns:
-            The moments of the union. A part that counted nothing changes nothing.
+            The moments of the union. Where a part counted nothing it changes nothing.
 
         Examples:
             >>> whole = Moments.from_values([[1.0]]).merge(Moments.from_values([[3.0]]))
-            >>> whole.count, whole.mean.tolist(), whole.variance.tolist()
-            (2.0, [2.0], [1.0])
+            >>> whole.count.tolist(), whole.mean.tolist(), whole.variance.tolist()
+            ([2.0], [2.0], [1.0])
         """
-        if not other.count:
-            return self
-        if not self.count:
-            return other
         count = self.count + other.count
-        share = other.count / count
         with np.errstate(all="ignore"):
+            share = other.count / count
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
-        return Moments(count, mean, m2)
+        # The mean of nothing is not a number, and takes no part.
+        mean = np.where(other.count > 0, mean, self.mean)
+        m2 = np.where(other.count > 0, m2, self.m2)
+        alone = (self.count == 0) & (other.count > 0)
+        return Moments(
+            count,
+            np.where(alone, other.mean, mean),
+            np.where(alone, other.m2, m2),
+        )
 
 
 def pool(moments: Iterable[Moments]) -> Moments:
@@ -215,8 +228,8 @@ def pool_batches(
     means `m` and biased variances `v`.
 
     Args:
-        counts: Number of values in each batch, shape `(batches,)`; statistics of
-            a batch of 0 are ignored.
+        counts: Number of values in each batch, shape `(batches,)`, or in each batch
+            and channel, shape `(batches, channels)`; statistics of 0 are ignored.
         means: Means, shape `(batches, channels)`.
         variances: Biased variances, shape `(batches, channels)`.
 
@@ -227,18 +240,17 @@ def pool_batches(
         >>> both = pool_batches(
         ...     np.array([1.0, 3.0]), np.array([[0.0], [4.0]]), np.array([[0.0], [1.0]])
         ... )
-        >>> both.count, both.mean.tolist(), both.m2.tolist()
-        (4.0, [3.0], [15.0])
+        >>> both.count.tolist(), both.mean.tolist(), both.m2.tolist()
+        ([4.0], [3.0], [15.0])
     """
-    used = counts > 0
-    if not used.any():
-        return Moments.empty(means.shape[1])
-    weights = counts[used, None]
-    total = float(counts.sum())
+    counts = counts if counts.ndim == 2 else counts[:, None]
+    weights = np.broadcast_to(counts, means.shape)
+    total = weights.sum(axis=0)
+    used = weights > 0
     with np.errstate(all="ignore"):
-        mean = (weights * means[used]).sum(axis=0) / total
-        spread = variances[used] + np.square(means[used] - mean)
-        return Moments(total, mean, (weights * spread).sum(axis=0))
+        mean = np.where(used, weights * means, 0.0).sum(axis=0) / total
+        spread = weights * (variances + np.square(means - mean))
+        return Moments(total, mean, np.where(used, spread, 0.0).sum(axis=0))
 
 
 def pool_replicas(statistics: Sequence[Statistics]) -> Statistics:

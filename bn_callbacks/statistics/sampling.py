@@ -27,7 +27,7 @@ class Blocks:
 
     def add(self, batch: Moments) -> None:
         """Adds the next batch; one that counted nothing is passed over."""
-        if not batch.count:
+        if batch.is_empty:
             return
         self._open.append(batch)
         if len(self._open) < self._size:
@@ -84,8 +84,8 @@ def standard_error(blocks: Sequence[Moments], epsilon: float) -> float | None:
 
 
 def _scatter(blocks: Sequence[Moments], epsilon: float) -> float:
-    count = np.array([block.count for block in blocks])[:, None]
-    weight = count / count.sum()
+    count = np.stack([block.count for block in blocks])
+    weight = count / np.maximum(count.sum(axis=0), 1e-300)
     means = np.stack([block.mean for block in blocks])
     mean = (weight * means).sum(axis=0)
     second = np.stack([block.variance for block in blocks]) + np.square(means - mean)

@@ -27,7 +27,7 @@ from page import Section, quartiles, table
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find, read
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population
+from bn_callbacks.measuring.one_pass import Population
 
 
 def mlp() -> tuple[keras.Model, tuple[int, ...]]:

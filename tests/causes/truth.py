@@ -16,7 +16,7 @@ from kit import Case, Run, build
 
 from bn_callbacks.layers import count_inputs, find, read
 from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.population import Population
+from bn_callbacks.measuring.one_pass import Population
 from bn_callbacks.statistics.moments import Statistics
 
 GAP = 1.4

@@ -1,0 +1,409 @@
+"""One pass over data: the moments of every BN layer's input, pooled."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from bn_callbacks.layers import (
+    BatchNormLayer,
+    memory_of,
+    structure_of,
+    takes_any_batch,
+    team_of,
+)
+from bn_callbacks.measuring.data import Batch, Batches, First, fits
+from bn_callbacks.measuring.sample import Joined, Sample, examples_in
+from bn_callbacks.measuring.traced import Mix, Traced
+from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
+
+Until: TypeAlias = Callable[[list[Moments]], bool]
+"""Gets the moments of each batch; ends the pass by returning True."""
+
+Source: TypeAlias = Batches | First | Sample | Joined
+
+Show: TypeAlias = Callable[[int], None]
+"""Is told how many batches have been read."""
+
+# Sums in float32 leave the mean off by up to about 4e-6 of itself (measured), which
+# beyond this ratio of mean to σ is no longer small.
+FAST_LIMIT = 200.0
+
+MAX_PENDING = 16
+"""Batches whose results may wait on the device before they are fetched."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What one pass has measured.
+
+    Args:
+        moments: Count, mean and M2 of each layer's input, per channel; counts of 0
+            for a layer that the data never reached.
+        loss: Mean loss over the samples, or None where it was not asked for.
+        batches: Number of batches read, by all workers.
+        samples: Number of samples read.
+        own_batches: Number of batches that this worker has read.
+        losses: Mean loss and number of samples of each batch that this worker has
+            read, `(batches, 2)`.
+    """
+
+    moments: list[Moments]
+    loss: float | None
+    batches: int
+    samples: int
+    own_batches: int
+    losses: NDArray[np.float64]
+
+    @property
+    def statistics(self) -> list[Statistics]:
+        """Mean and variance of each layer's input."""
+        return [moments.statistics for moments in self.moments]
+
+
+@dataclass(frozen=True, eq=False)
+class _Results:
+    """What the traced function returned for some batches, on the host.
+
+    Args:
+        numbers: The number of each batch in the data.
+        counts: Counts of each batch, of all entries in one row.
+        means: The same of the means.
+        variances: The same of the variances.
+        losses: Sum and number of the losses of each batch.
+        late: What was seen inside loops and branches, of each batch, by layer.
+    """
+
+    numbers: list[int]
+    counts: NDArray[np.float64]
+    means: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    late: dict[int, list[Moments]]
+
+    def batch(self, index: int) -> "_Results":
+        """Those of one batch."""
+        one = slice(index, index + 1)
+        return _Results(
+            self.numbers[one],
+            self.counts[one],
+            self.means[one],
+            self.variances[one],
+            self.losses[one],
+            {layer: moments[one] for layer, moments in self.late.items()},
+        )
+
+
+class Population:
+    """Measures the inputs of BN layers in passes over data.
+
+    BN layers normalise with the statistics of each batch, with given ones, or with a
+    `Mix` of both; everything else runs in inference mode. Nothing in the model is
+    written. The moments of batches are pooled in float64, weighted by the number of
+    elements. All ways share one trace, which is kept with the model, as do batches of
+    any size; results are fetched from the device now and then only.
+
+    In a distribution strategy each replica works on whole batches of its own, so that
+    the result is that of a single device. The data of all workers are pooled.
+
+    Args:
+        model: A built Keras model.
+        layers: The layers to measure. Other BN layers use what they store.
+        dropout: Whether dropout, noise and augmentation layers are active.
+        loss: Whether to measure the model's loss as well.
+        penalties: Whether what layers add to the loss is a part of it.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        layers: Sequence[BatchNormLayer],
+        *,
+        dropout: bool = False,
+        loss: bool = False,
+        penalties: bool = True,
+    ) -> None:
+        self.layers = list(layers)
+        self.team = team_of(model)
+        self.channels = sum(bn.channels for bn in layers)
+        self.takes_any_batch = takes_any_batch(model)
+        self._model = model
+        self._options = {"dropout": dropout, "loss": loss, "penalties": penalties}
+        self._is_fast = True
+        self._entry: int | None = None
+
+    def measure(
+        self,
+        batches: Source,
+        statistics: Sequence[Statistics] | None = None,
+        *,
+        until: Callable[[], Until] | None = None,
+        show: Show | None = None,
+    ) -> Measurement:
+        """Reads the batches once; all workers do, and get the same measurement.
+
+        Args:
+            batches: The data, which are read twice if their mean is far from 0.
+            statistics: What each layer normalises with; `None` for the statistics
+                of each batch.
+            until: Makes a function that gets the moments of each batch, and ends
+                the pass by returning True (on all workers).
+            show: Is told how many batches have been read.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            ValueError: The data do not fit the model, or the input of a layer is
+                not finite in some batch. With given statistics, which may be what
+                makes activations overflow, only if no statistics reach that input;
+                the moments are not finite otherwise.
+            RuntimeError: Another worker has failed.
+        """
+        result = self.read(batches, statistics, until=until, show=show)
+        if self.becomes_exact(result.moments):
+            result = self.read(batches, statistics, until=until, show=show)
+        return result
+
+    def becomes_exact(self, moments: Sequence[Moments]) -> bool:
+        """Whether sums in float32 have just turned out to be too rough from now on."""
+        if not self._is_fast:
+            return False
+        for bn, one in zip(self.layers, moments, strict=True):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratio = np.abs(one.mean) / np.sqrt(one.variance + bn.epsilon)
+            if np.max(ratio, initial=0, where=one.count > 0) > FAST_LIMIT:
+                self._is_fast = False
+        return not self._is_fast
+
+    def share(self, batches: Batches) -> None:
+        """Divides data among the workers, if they have all been given the same.
+
+        They have if their first batches are equal, bit for bit. Otherwise each is
+        taken to have been given its own share.
+        """
+        if self.team.workers > 1:
+            with self.team.agreed():
+                own = batches.checksum()
+            sums = self.team.gather(np.array([own]))
+            if (sums == sums[0]).all():
+                batches.share(self.team.worker, self.team.workers)
+
+    def read(
+        self,
+        batches: Source,
+        statistics: Sequence[Statistics] | None = None,
+        *,
+        until: Callable[[], Until] | None = None,
+        show: Show | None = None,
+    ) -> Measurement:
+        """Reads the batches once, as `measure` does, in sums as they are."""
+        mix = self._tensor(
+            Mix.of_batch(self.channels) if statistics is None else Mix.given(statistics)
+        )
+        is_fixed = statistics is not None
+        is_enough = until() if until is not None else None
+        pooled = [Moments.empty(bn.channels) for bn in self.layers]
+        losses: list[NDArray[np.float64]] = []
+        source = iter(batches)
+        count = samples = 0
+
+        def take(traced: Traced, pending: list[Any]) -> bool:
+            """Pools what is pending; whether it is enough."""
+            nonlocal pooled
+            if not pending:
+                return False
+            results = _fetch(traced, pending, self.team.replicas)
+            pending.clear()
+            each = [results]
+            if is_enough is not None:
+                each = [results.batch(index) for index in range(len(results.numbers))]
+            for one in each:
+                new = self._moments(traced, one, is_fixed)
+                pooled = [
+                    old.merge(part) for old, part in zip(pooled, new, strict=True)
+                ]
+                losses.append(one.losses)
+                if is_enough is not None and is_enough(new):
+                    return True
+            return False
+
+        def work(traced: Traced) -> tuple[bool, bool]:
+            """Reads some batches; whether they were the last, and whether enough."""
+            nonlocal count, samples
+            pending: list[tuple[list[int], tuple[Any, ...]]] = []
+            for _ in range(MAX_PENDING):
+                group = list(itertools.islice(source, self.team.replicas))
+                if not group:
+                    return True, take(traced, pending)
+                numbers = [batches.number(count + i) for i in range(len(group))]
+                with fits(self._model.name, group[0][0], numbers[0]):
+                    pending.append((numbers, traced(group, mix, count)))
+                count += len(group)
+                samples += sum(examples_in(batch) for batch in group)
+                if show is not None:
+                    show(batches.read(count))
+                if (is_enough is not None or traced.late) and take(traced, pending):
+                    return False, True
+            return False, take(traced, pending)
+
+        with self._traced() as traced:
+            while True:
+                with self.team.agreed():
+                    ended, enough = work(traced)
+                if self.team.everywhere(ended or enough):
+                    break
+        read = batches.read(count)
+        each = np.concatenate([np.zeros((0, 2)), *losses])
+        rows = self.team.gather(_flat([read, samples, *each.sum(axis=0)], pooled))
+        each[:, 0] /= np.where(each[:, 1], each[:, 1], 1.0)
+        return _measurement(rows, self.layers, read, each)
+
+    def run(self, batch: Batch, mix: Mix) -> list[Moments]:
+        """The moments of one batch, on the first replica of the chief, for all workers.
+
+        Raises:
+            ValueError: As `measure`.
+            tf.errors.OpError: The batch takes more memory than there is.
+        """
+        with self.team.agreed(), self._traced() as traced:
+            with fits(self._model.name, batch[0], 0):
+                pending = [([0], traced([batch], self._tensor(mix), 0))]
+            results = _fetch(traced, pending, self.team.replicas)
+            moments = self._moments(traced, results, is_fixed=True)
+        chief = self.team.gather(_flat([1, 0, 0, 0], moments))[:1]
+        return _measurement(chief, self.layers, 1, np.zeros((0, 2))).moments
+
+    def bytes_of_example(self, batch: Batch) -> float:
+        """Memory that an example more in a batch takes at most."""
+        with self._traced() as traced:
+            if not traced.is_traced:
+                mix = self._tensor(Mix.of_batch(self.channels))
+                traced.trace([batch] * self.team.replicas, mix)
+            return traced.bytes_of_example(batch)
+
+    @staticmethod
+    def _tensor(mix: Mix) -> Any:
+        return tf.constant(np.stack(mix))
+
+    @contextmanager
+    def _traced(self) -> Iterator[Traced]:
+        """The traced function, for the time being nobody else's: it has a state."""
+        memory = memory_of(self.layers)
+        key = (
+            structure_of(self._model),
+            tuple(id(bn.layer) for bn in self.layers),
+            tuple(self._options.items()),
+            self._is_fast,
+        )
+        traced = memory.pop(key, None) or Traced(
+            self._model, self.layers, self.team, is_fast=self._is_fast, **self._options
+        )
+        traced.begin()
+        try:
+            yield traced
+        finally:
+            self._entry = traced.entry
+            if traced.is_traced:
+                memory[key] = traced
+
+    def _moments(
+        self, traced: Traced, results: _Results, is_fixed: bool
+    ) -> list[Moments]:
+        """Moments of each layer over some batches.
+
+        Raises:
+            ValueError: Something in them is not finite.
+        """
+        bad: dict[int, int] = {}
+        parts = [[Moments.empty(bn.channels)] for bn in self.layers]
+
+        def add(layer: int, moments: Moments, is_bad: Any) -> None:
+            parts[layer].append(moments)
+            if np.any(is_bad):
+                first = results.numbers[int(np.argmax(is_bad))]
+                bad[layer] = min(first, bad.get(layer, first))
+
+        for layer, late in results.late.items():
+            add(layer, pool(late), [not np.isfinite(one.m2).all() for one in late])
+        start = first_count = 0
+        for entry in traced.entries:
+            end = start + self.layers[entry.layer].channels
+            end_count = first_count + entry.counts
+            n = results.counts[:, first_count:end_count]
+            mean = results.means[:, start:end]
+            variance = results.variances[:, start:end]
+            start, first_count = end, end_count
+            if entry.is_unbiased:
+                variance = variance * ((n - 1) / np.maximum(n, 1))
+            is_bad = (~np.isfinite(mean + variance) & (n > 0)).any(axis=1)
+            add(entry.layer, pool_batches(n, mean, variance), is_bad)
+        if bad:
+            self._raise_bad(traced, bad, is_fixed)
+        return [pool(each) for each in parts]
+
+    def _raise_bad(self, traced: Traced, bad: dict[int, int], is_fixed: bool) -> None:
+        # The layers behind are poisoned by the first in the same batch.
+        index = min(bad.values())
+        first = next(layer for layer in traced.order if bad.get(layer) == index)
+        if not is_fixed or first == traced.entry:
+            raise ValueError(
+                f"The input of {self.layers[first].path} is not finite. Received: NaN "
+                f"or infinity in batch {index} of the data (counted from 0). Remove "
+                "it from the data, or look for an overflow in the layers before."
+            )
+
+    @property
+    def entry(self) -> BatchNormLayer | None:
+        """The layer whose input no statistics reach, after a pass; if it is known."""
+        return None if self._entry is None else self.layers[self._entry]
+
+
+def _fetch(
+    traced: Traced, pending: list[tuple[list[int], tuple[Any, ...]]], replicas: int
+) -> _Results:
+    """Awaits the results of some steps, without those of idle replicas."""
+    numbers = [number for group, _ in pending for number in group]
+    is_real = [place < len(group) for group, _ in pending for place in range(replicas)]
+    counts, means, variances, losses = (
+        np.concatenate([np.asarray(part, np.float64) for part in column])[is_real]
+        for column in zip(*(result for _, result in pending), strict=True)
+    )
+    late = {layer: parts[: len(numbers)] for layer, parts in traced.take_late().items()}
+    return _Results(numbers, counts, means, variances, losses, late)
+
+
+def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float64]:
+    """What a worker tells the others of its part of a pass."""
+    parts = [(one.count, one.mean, one.m2) for one in moments]
+    return np.concatenate([np.asarray(own), *itertools.chain(*parts)])
+
+
+def _measurement(
+    rows: NDArray[np.float64],
+    layers: Sequence[BatchNormLayer],
+    own_batches: int,
+    losses: NDArray[np.float64],
+) -> Measurement:
+    """Pools what all workers have told, which gives the same on each of them."""
+    batches, samples, loss, weight = rows[:, :4].sum(axis=0)
+    moments, start = [], 4
+    for bn in layers:
+        size = bn.channels
+        parts = rows[:, start : start + 3 * size].reshape(len(rows), 3, size)
+        moments.append(pool(Moments(*part) for part in parts))
+        start += 3 * size
+    return Measurement(
+        moments=moments,
+        loss=float(loss / weight) if weight else None,
+        batches=int(batches),
+        samples=int(samples),
+        own_batches=own_batches,
+        losses=losses,
+    )

@@ -1,0 +1,214 @@
+"""A sample of the data, as large as memory allows, to be run as one batch."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from bn_callbacks.measuring.data import Batch, Batches, First
+
+MEMORY = 256 * 2**20
+"""Bytes that a sample may take beyond what a batch takes."""
+
+JOINED = 256
+"""Examples that are run together where statistics are given, at most."""
+
+
+def sample_size(bytes_of_example: float, batch_size: int) -> int:
+    """How many examples are run as one batch.
+
+    As many as take 256 MB beyond what a batch takes, or an eighth of the memory that
+    the machine has free where that is less.
+
+    Args:
+        bytes_of_example: Memory that an example takes in a pass.
+        batch_size: Examples that a batch has anyway.
+    """
+    memory = min(MEMORY, _free_memory() / 8)
+    return batch_size + int(memory / max(bytes_of_example, 1.0))
+
+
+def _free_memory() -> float:
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Not on Linux.
+        return float("inf")
+
+
+def examples_in(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
+
+
+class Sample:
+    """A sample of the data, gathered while they are read for the first time.
+
+    Of arrays it is drawn from all examples. Of other data it is at first the beginning,
+    and, once they have been read, a random sample of all that was read.
+
+    Iterating over it is the first reading of the data.
+
+    Args:
+        batches: The data.
+        size_for: Tells from the first batch how many examples are wanted.
+    """
+
+    def __init__(self, batches: Batches, size_for: Callable[[Batch], int]) -> None:
+        self._batches = batches
+        self._rest = iter(batches)
+        first = next(self._rest)
+        self.size = size_for(first)
+        self._own = batches.sample(self.size)
+        self._reservoir = Reservoir(self.size)
+        self._begun = [first]
+        self._is_settled = False
+        self._reservoir.add(first)
+        while self._own is None and self._reservoir.seen < self.size:
+            batch = next(self._rest, None)
+            if batch is None:
+                break
+            self._begun.append(batch)
+            self._reservoir.add(batch)
+
+    def batch(self) -> Batch | None:
+        """The sample, as one batch; None where examples cannot be joined to one."""
+        return self._own if self._own is not None else self._reservoir.batch()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the sample stays as it is."""
+        return self._is_settled or self._own is not None or self._batches.is_mixed
+
+    def settle(self) -> None:
+        """Ends the first reading, and with it what may change the sample."""
+        self._is_settled = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        begun, self._begun = self._begun, []
+        while begun:
+            yield begun.pop(0)
+        for batch in self._rest:
+            if not self.is_settled:
+                self._reservoir.add(batch)
+            yield batch
+
+    def number(self, index: int) -> int:
+        """The number in the data of the `index`-th batch."""
+        return self._batches.number(index)
+
+    def read(self, count: int) -> int:
+        """How many batches of the data `count` of these are."""
+        return count
+
+
+class Reservoir:
+    """Keeps a random sample of the examples of a stream (Vitter's algorithm R).
+
+    Args:
+        size: Examples to keep.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rng = np.random.default_rng(0)
+        self._rows: list[NDArray[Any]] = []
+        self._structure: Any = None
+        self.seen = 0
+
+    def add(self, batch: Batch) -> None:
+        """Looks at the next batch; one with rows of another shape is passed over."""
+        shapes = row_shapes(batch)
+        if shapes is None:
+            return
+        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(batch[0])]
+        if not self._rows:
+            self._structure = batch[0]
+            self._rows = [
+                np.empty((self._size, *leaf.shape[1:]), leaf.dtype) for leaf in leaves
+            ]
+        elif shapes != [rows.shape[1:] for rows in self._rows]:
+            return
+        numbers = self.seen + np.arange(len(leaves[0]))
+        self.seen += len(numbers)
+        places = np.where(
+            numbers < self._size, numbers, self._rng.integers(0, numbers + 1)
+        )
+        for rows, leaf in zip(self._rows, leaves, strict=True):
+            for place, row in zip(places, leaf, strict=True):
+                if place < self._size:
+                    rows[place] = row
+
+    def batch(self) -> Batch | None:
+        """What is kept, as one batch; None where nothing could be kept."""
+        if not self._rows:
+            return None
+        count = min(self.seen, self._size)
+        leaves = [tf.convert_to_tensor(rows[:count]) for rows in self._rows]
+        return tf.nest.pack_sequence_as(self._structure, leaves), None, None
+
+
+def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
+    """The shape of an example in each input; None where there are no examples.
+
+    That is where an input is sparse or ragged, or inputs differ in their first size.
+    """
+    leaves = tf.nest.flatten(batch[0])
+    if not all(tf.is_tensor(leaf) and leaf.shape.rank for leaf in leaves):
+        return None
+    if len({int(leaf.shape[0]) for leaf in leaves}) > 1:
+        return None
+    return [tuple(leaf.shape[1:]) for leaf in leaves]
+
+
+class Joined:
+    """Batches joined to larger ones: given statistics do not mind, and it is faster.
+
+    Args:
+        batches: The batches, of which none is divided.
+        size: Examples in a joined batch at most.
+    """
+
+    def __init__(self, batches: "Batches | First | Sample", size: int) -> None:
+        self._batches = batches
+        self._size = size
+        self._ends: list[int] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._ends = [0]
+        group: list[Batch] = []
+        examples = 0
+        for batch in self._batches:
+            is_like = not group or (
+                examples + examples_in(batch) <= self._size
+                and row_shapes(batch) == row_shapes(group[0]) is not None
+            )
+            if not is_like:
+                yield self._join(group)
+                group, examples = [], 0
+            group.append(batch)
+            examples += examples_in(batch)
+            if examples >= self._size:
+                yield self._join(group)
+                group, examples = [], 0
+        if group:
+            yield self._join(group)
+
+    def _join(self, group: Sequence[Batch]) -> Batch:
+        self._ends.append(self._ends[-1] + len(group))
+        if len(group) == 1:
+            return group[0]
+        inputs = tf.nest.map_structure(
+            lambda *leaves: tf.concat(leaves, axis=0), *(batch[0] for batch in group)
+        )
+        return inputs, None, None
+
+    def number(self, index: int) -> int:
+        """The number in the data of the first batch in the `index`-th joined one."""
+        return self._batches.number(self._ends[index])
+
+    def read(self, count: int) -> int:
+        """How many batches of the data `count` of these are."""
+        return self._ends[count]
