@@ -11,13 +11,18 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
-from bn_callbacks.measuring.consistent import consistent
+from bn_callbacks.measuring.consistent import consistent, known, lags, storable
 from bn_callbacks.measuring.data import Batch, Batches
 from bn_callbacks.measuring.one_pass import Measurement, Population, Until
 from bn_callbacks.measuring.progress import Progress
+from bn_callbacks.measuring.sample import Sample, examples_in, sample_size
+from bn_callbacks.measuring.traced import Mix
 from bn_callbacks.statistics.losses import Losses
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter
+
+SOLVED = 0.01
+"""Residual, in standard deviations, up to which R is taken to be that."""
 
 SAMPLE = 512
 """Examples of a dataset that make a probe: its first batches, in their order."""
@@ -176,34 +181,57 @@ def three_losses(
         }
     of_consistent = of_inference
     if not all(moments.is_empty for moments in by_batch.moments):
-        solved = _consistent(solver, batches, stored)
-        if solved is None:
-            of_consistent = np.full(len(by_batch.losses), np.nan)
-        else:
-            of_consistent = population.measure(batches, solved).losses[:, 0]
+        of_consistent = _consistent_losses(population, solver, batches, stored)
+        if not len(of_consistent):
+            of_consistent = np.full(len(of_inference), np.nan)
     columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
     b, i, r, weights = _gather(population, np.stack(columns, axis=1)).T
     losses = Losses(b, i, r if np.isfinite(r).all() else None, weights)
     return Reading(losses, inferred, each.scatter)
 
 
-def _consistent(
-    solver: Population, batches: Batches, stored: list[Statistics]
-) -> list[Statistics] | None:
-    """The statistics with which inference on these batches brings just themselves.
-
-    None where there are none: with any statistics, something overflows.
-    """
+def _consistent_losses(
+    population: Population,
+    solver: Population,
+    batches: Batches,
+    stored: list[Statistics],
+) -> NDArray[np.float64]:
+    """R of each batch; none where with any statistics something overflows."""
     start = [
         one if is_finite([one]) else bn.initial
         for bn, one in zip(solver.layers, stored, strict=True)
     ]
+    # Run as one batch, a sample solves itself; the pass that measures shows if it did.
+    given = _solved(solver, batches, start)
+    if given is not None:
+        measured = population.measure(batches, given)
+        residual = known(lags(solver.layers, measured.moments, given)) or 0.0
+        if residual <= SOLVED:
+            return measured.losses[:, 0]
     try:
-        return consistent(
-            solver, batches, start, progress=Progress(False, batches.length)
-        ).statistics
+        progress = Progress(False, batches.length)
+        given = consistent(solver, batches, start, progress=progress).statistics
     except ValueError:
+        return np.zeros(0)
+    return population.measure(batches, given).losses[:, 0]
+
+
+def _solved(
+    solver: Population, batches: Batches, start: list[Statistics]
+) -> list[Statistics] | None:
+    """The statistics of all batches run as one, if they can be."""
+    if solver.team.size > 1 or not solver.takes_any_batch:
         return None
+    first = next(iter(batches))
+    most = sample_size(solver.bytes_of_example(first), examples_in(first))
+    batch = Sample(batches, lambda _: most).batch()
+    if batch is None:
+        return None
+    try:
+        moments = solver.run(batch, Mix.of_batch(solver.channels))
+    except (ValueError, tf.errors.OpError):
+        return None
+    return storable(solver.layers, moments, start)
 
 
 class Kept:

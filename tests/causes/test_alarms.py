@@ -7,7 +7,7 @@ import keras
 import pytest
 from kit import Listening, compiled, fitter, mlp, rng, table
 
-FEW, MANY = 8, 50
+FEW, MANY = 2, 50
 """Seeds of each kind: in the slow tests, and in the benchmark."""
 
 Training = Callable[[list[Any]], Any]
