@@ -216,7 +216,8 @@ _PLAIN_ADVICE = {
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "
         "and one average is right for none of them. Use a layer for each, or "
-        "concatenate the inputs into one batch; recalibration helps in part."
+        "concatenate the inputs into one batch. Recalibrating helps in part, or harms: "
+        "let it measure (`recalibrate(model, x, validation_data=...)`)."
     ),
     WEIGHTS_REPLACED: (
         "The weights were replaced after the statistics were collected (averaged or "

@@ -207,12 +207,11 @@ def _helped(seen: Losses) -> bool:
 
 
 def _batches(seen: Losses) -> bool:
-    """R ≫ B, and not R ≫ I."""
-    if seen.exceeds("recalibrated", "inference", HARM_LIMIT):
-        return False
-    if seen.exceeds("recalibrated", "batch", BATCH_LIMIT):
-        return True
-    return seen.exceeds("inference", "batch", GAP_LIMIT)
+    """R ≫ B, whatever I: unless I ≈ B, where nothing is wrong as long as it stays so."""
+    if not seen.exceeds("recalibrated", "batch", BATCH_LIMIT):
+        return seen.exceeds("inference", "batch", GAP_LIMIT)
+    is_well = not seen.exceeds("inference", "batch", GAP_LIMIT)
+    return not (is_well and seen.exceeds("recalibrated", "inference", HARM_LIMIT))
 
 
 def _adapted(seen: Losses) -> bool:
