@@ -207,7 +207,7 @@ def _helped(seen: Losses) -> bool:
 
 
 def _batches(seen: Losses) -> bool:
-    """R ≫ B, whatever I: unless I ≈ B, where nothing is wrong as long as it stays so."""
+    """R ≫ B, whatever I: unless I ≈ B ≪ R, where nothing is wrong as it is."""
     if not seen.exceeds("recalibrated", "batch", BATCH_LIMIT):
         return seen.exceeds("inference", "batch", GAP_LIMIT)
     is_well = not seen.exceeds("inference", "batch", GAP_LIMIT)
