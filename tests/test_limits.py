@@ -1,4 +1,4 @@
-"""Rules that are a character or two long, and whose change nothing else would notice."""
+"""Rules of a character or two, whose change nothing else would notice."""
 
 import keras
 import numpy as np

@@ -868,6 +868,8 @@ def test_debiasing_silences_no_other_cause(is_first):
         ({"on_lag": "print"}, "'warn', 'raise' or 'ignore'", "on_lag='print'"),
         ({"threshold": 0}, "positive number", "threshold=0"),
         ({"threshold": None}, "positive number", "threshold=None"),
+        ({"probe": [1, 2]}, r"a tuple \(x, y\)", "probe of type list"),
+        ({"probe": (1,)}, r"a tuple \(x, y\)", "probe of type tuple"),
     ],
 )
 def test_bad_arguments_are_named_at_once(arguments, what, received):
@@ -903,3 +905,14 @@ def test_layers_that_do_not_exist_are_refused_before_training():
 )
 def test_reads_as_often_as_the_longest_memory_makes_sensible(momenta, total, expected):
     assert reading_interval(momenta, total) == expected
+
+
+def test_a_dataset_is_a_probe_too():
+    x, y = data(20)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    monitor = BatchNormMonitor(on_lag="ignore", probe=batches)
+    same = BatchNormMonitor(on_lag="ignore", probe=(x, y))
+    endless_one = BatchNormMonitor(on_lag="ignore", probe=batches.repeat())
+    make_model().fit(batches, verbose=0, callbacks=[monitor, same, endless_one])
+    assert monitor.report.loss_batch == pytest.approx(same.report.loss_batch, rel=1e-4)
+    assert endless_one.report.loss_recalibrated > 0

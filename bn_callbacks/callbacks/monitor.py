@@ -16,6 +16,7 @@ from bn_callbacks.arguments import (
 from bn_callbacks.budget import Budget
 from bn_callbacks.callbacks.company import company, gather
 from bn_callbacks.layers import LayerSelection, check_model, iterations, team_of
+from bn_callbacks.measuring.probe import is_probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport
 from bn_callbacks.statistics.causes import WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
@@ -126,6 +127,11 @@ class BatchNormMonitor(keras.callbacks.Callback):
             raise ValueError(
                 "`threshold` must be a positive number of standard deviations. "
                 f"Received: threshold={shown(threshold)}."
+            )
+        if probe is not None and not is_probe(probe):
+            raise ValueError(
+                "`probe` must be a tuple (x, y) or (x, y, sample_weight), or a dataset "
+                f"of such batches. Received: probe of type {type(probe).__name__}."
             )
         check_verbose(verbose)
         if not is_whole(max_charts, 0):

@@ -251,6 +251,13 @@ class Kept:
         return iter(self._batches)
 
 
+def is_probe(data: Any) -> bool:
+    """Whether this may be a probe: targets come with it, or in its batches."""
+    if isinstance(data, tuple):
+        return len(data) in (2, 3)
+    return isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator))
+
+
 def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
     """What a probe uses of some data, and whether it comes in batches already."""
     if not isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
