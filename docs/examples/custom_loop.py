@@ -3,9 +3,9 @@
     python -m pip install ".[demo]"      # from a clone
     python docs/examples/custom_loop.py
 
-`BatchNormWatch` does what `BatchNormMonitor` does in `fit`. The calls that it needs: the
-beginning and end of each epoch, and the beginning of each step. `audit` and `recalibrate`
-need a model, and no loop at all.
+`BatchNormWatch` does what `BatchNormMonitor` does in `fit`. It has to be told when an
+epoch begins and ends, and when a step begins. `audit` and `recalibrate` need a model, and
+no loop at all.
 """
 
 import keras
