@@ -266,7 +266,9 @@ def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
     kept, count = [], 0
     for batch in Batches(data, steps=endless, inputs=inputs):
         kept.append(batch)
-        count += int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
+        leaf = tf.nest.flatten(batch[0])[0]
+        # What is not in batches is refused later, with its reason.
+        count += int(leaf.shape[0] or 0) if leaf.shape.rank else SAMPLE
         if count >= SAMPLE:
             break
     return Kept(kept), True

@@ -4,8 +4,8 @@
     python docs/examples/custom_loop.py
 
 `BatchNormWatch` does what `BatchNormMonitor` does in `fit`. It has to be told when an
-epoch begins and ends, and when a step begins. `audit` and `recalibrate` need a model, and
-no loop at all.
+epoch begins and ends, and when a step begins. `audit` and `recalibrate` need a model,
+and no loop at all.
 """
 
 import keras
