@@ -17,12 +17,14 @@ if TYPE_CHECKING:
         RecalibrationReport,
     )
     from bn_callbacks.statistics.moving_average import suggest_momentum
+    from bn_callbacks.watching.watch import BatchNormWatch
 
 __all__ = [
     "BatchNormLagWarning",
     "BatchNormMonitor",
     "BatchNormReport",
     "BatchNormWarning",
+    "BatchNormWatch",
     "DebiasBatchNorm",
     "LayerReport",
     "RecalibrateBatchNorm",
@@ -39,6 +41,7 @@ _HOMES = {
     "BatchNormMonitor": "callbacks.monitor",
     "BatchNormReport": "report",
     "BatchNormWarning": "report",
+    "BatchNormWatch": "watching.watch",
     "DebiasBatchNorm": "callbacks.debias",
     "LayerReport": "report",
     "RecalibrateBatchNorm": "callbacks.recalibrate",

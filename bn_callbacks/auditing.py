@@ -1,16 +1,17 @@
 """Holding a model's BN statistics against data, or looking at them alone."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 
+from bn_callbacks.evidence import evidence_of
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
+    calls_of,
     check_model,
     count_inputs,
     find,
@@ -21,10 +22,12 @@ from bn_callbacks.layers import (
 )
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.measuring.one_pass import Measurement, Population
+from bn_callbacks.measuring.probe import EachBatch, three_losses
 from bn_callbacks.measuring.reach import split
 from bn_callbacks.report import BatchNormReport, layer_reports
-from bn_callbacks.statistics.evidence import Evidence
+from bn_callbacks.statistics.losses import Family, Losses
 from bn_callbacks.statistics.moments import Statistics, is_finite
+from bn_callbacks.statistics.scatter import Scatter
 
 
 def audit(
@@ -47,7 +50,10 @@ def audit(
         layers: Which layers, as `recalibrate` takes them; all by default.
 
     Returns:
-        A `BatchNormReport`. A model without BN layers gives an empty one.
+        A `BatchNormReport`: for each layer its `lag`, the distance of what it stores
+        from what batches have, and its `residual`, that from what inference brings,
+        which is what recalibrating would take away. A model without BN layers gives an
+        empty one; a layer that nothing calls has no lag and no cause.
 
     Raises:
         TypeError: `model` is not a Keras 3 model.
@@ -66,80 +72,143 @@ def audit(
     found = find(model, layers)
     stored = read(found)
     if x is None or not found:
-        return report_on(found, stored, [None] * len(found), model)
+        return report_on(found, stored, model)
     team = team_of(model)
     with team.agreed():
         batches = Batches(
-            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+            x,
+            batch_size=batch_size,
+            steps=steps,
+            inputs=count_inputs(model),
+            shuffle=True,
         )
         has_loss = bool(model.compiled) and batches.peek()[1] is not None
         targets, *_ = split(model, found, batches)
-        in_inference = Population(model, found, loss=has_loss)
-        by_batch = Population(model, targets, loss=has_loss)
+        in_inference = Population(model, found)
+        by_batch = Population(model, targets, loss=has_loss, penalties=False)
+        solver = Population(model, targets)
     in_inference.share(batches)
-    loss_batch = loss_inference = None
-    seen: dict[BatchNormLayer, Statistics] = {}
+    seen = Seen()
     # Replicas of other workers may store something else.
     if team.everywhere(is_finite(stored)):
         # Frozen layers, and those that never train, see only this side.
-        inference = in_inference.measure(batches, stored)
-        seen.update(seen_by(found, inference, stored))
-        loss_inference = inference.loss
-    elif has_loss:
-        loss_inference = math.nan
+        seen.in_inference(found, in_inference.measure(batches, stored))
+        seen.entry = in_inference.entry
+    losses = None
     if targets or has_loss:
-        batch = by_batch.measure(batches)
-        seen.update(seen_by(targets, batch, read(targets)))
-        loss_batch = batch.loss
-    return report_on(
-        found, stored, [seen.get(bn) for bn in found], model, loss_batch, loss_inference
-    )
+        each = EachBatch(targets)
+        batch = by_batch.measure(batches, until=each.until)
+        seen.in_batches(targets, batch, each.scatter)
+        if has_loss:
+            losses = three_losses(
+                by_batch, solver, batches, read(targets), batch
+            ).losses
+    return report_on(found, stored, model, seen, losses)
+
+
+@dataclass
+class Seen:
+    """What data have shown of some layers.
+
+    Args:
+        batch: What each had in batches: its pooled statistics.
+        inferred: What inference brought each.
+        scatter: How single batches differ.
+        share: Variance of the pooled statistics over that of one batch's.
+        batch_size: Examples a batch.
+        entry: The layer that no statistics of others reach, if it is known.
+        has_run: Whether the data went through the model.
+    """
+
+    batch: dict[BatchNormLayer, Statistics] = field(default_factory=dict)
+    inferred: dict[BatchNormLayer, Statistics] = field(default_factory=dict)
+    scatter: dict[BatchNormLayer, Scatter | None] = field(default_factory=dict)
+    share: float | None = None
+    batch_size: float | None = None
+    entry: BatchNormLayer | None = None
+    has_run: bool = False
+
+    def in_inference(
+        self, layers: Sequence[BatchNormLayer], measured: Measurement
+    ) -> None:
+        """Notes a pass in inference mode."""
+        self.inferred.update(_reached(layers, measured))
+        self.batch.update(self.inferred)
+        self._note(measured)
+
+    def in_batches(
+        self,
+        layers: Sequence[BatchNormLayer],
+        measured: Measurement,
+        scatter: dict[BatchNormLayer, Scatter | None],
+    ) -> None:
+        """Notes a pass in batch mode, and how its batches differed."""
+        self.batch.update(_reached(layers, measured))
+        self.scatter.update(scatter)
+        self._note(measured)
+
+    def _note(self, measured: Measurement) -> None:
+        self.has_run = True
+        self.share = 1 / max(measured.batches, 1)
+        self.batch_size = measured.samples / max(measured.batches, 1)
+
+    def evidence(self, bn: BatchNormLayer) -> dict[str, Any]:
+        """What is known of a layer, as `Evidence` names it."""
+        return {
+            "batch": self.batch.get(bn),
+            "inferred": self.inferred.get(bn),
+            "scatter": self.scatter.get(bn),
+            "batch_share": self.share,
+            "batch_size": self.batch_size,
+            "is_called": not self.has_run or bn in self.batch,
+            "is_entry": bn is self.entry,
+        }
+
+
+def _reached(
+    layers: Sequence[BatchNormLayer], measured: Measurement
+) -> dict[BatchNormLayer, Statistics]:
+    return {
+        bn: moments.statistics
+        for bn, moments in zip(layers, measured.moments, strict=True)
+        if not moments.is_empty
+    }
 
 
 def report_on(
     layers: Sequence[BatchNormLayer],
     stored: Sequence[Statistics],
-    seen: Sequence[Statistics | None],
     model: keras.Model,
-    loss_batch: float | None = None,
-    loss_inference: float | None = None,
+    seen: Seen | None = None,
+    losses: Losses | None = None,
 ) -> BatchNormReport:
-    """A report on stored statistics, held against those seen in data, if any."""
-    report = BatchNormReport(loss_batch=loss_batch, loss_inference=loss_inference)
+    """A report on stored statistics, held against what was seen in data, if any."""
+    seen = seen or Seen()
     steps = steps_made(model)
+    family = Family.UNKNOWN if losses is None else losses.family
     evidence = []
-    replicas = read_replicas(model, layers)
-    for bn, moving, batch, each in zip(layers, stored, seen, replicas, strict=True):
-        start = bn.initial
-        is_initial = all(map(np.array_equal, moving, start))
-        evidence.append(
-            Evidence(
-                path=bn.path,
-                momentum=bn.momentum,
-                epsilon=bn.epsilon,
-                moving=moving,
-                batch=batch,
-                trainable=bn.trainable,
-                updates=steps * bn.calls if steps or is_initial else None,
-                start=start,
-                replicas=each,
-                is_still=bool(steps) and is_initial,
-                is_initial=is_initial,
-                precision=bn.precision,
-                has_mixed_calls=bn.calls > 1,
-                loss_gap=report.loss_gap,
-            )
+    for bn, moving, each, calls in zip(
+        layers,
+        stored,
+        read_replicas(model, layers),
+        calls_of(model, layers),
+        strict=True,
+    ):
+        one = evidence_of(
+            bn,
+            moving,
+            start=bn.initial,
+            replicas=each,
+            has_mixed_calls=(calls.updates or 1) > 1,
+            trains=calls.trains,
+            family=family,
+            **seen.evidence(bn),
         )
-    return dataclasses.replace(report, layers=layer_reports(evidence))
-
-
-def seen_by(
-    layers: Sequence[BatchNormLayer],
-    measured: Measurement,
-    otherwise: Sequence[Statistics],
-) -> dict[BatchNormLayer, Statistics]:
-    """Measured statistics by layer, or others where nothing reached a layer."""
-    return {
-        bn: other if one.is_empty else one.statistics
-        for bn, one, other in zip(layers, measured.moments, otherwise, strict=True)
-    }
+        updates = None
+        if steps == 0 and one.is_initial:
+            updates = 0
+        elif steps and calls.updates is not None:
+            updates = steps * calls.updates
+        is_still = bool(steps) and one.is_initial
+        evidence.append(dataclasses.replace(one, updates=updates, is_still=is_still))
+    return BatchNormReport.of(layer_reports(evidence), losses)

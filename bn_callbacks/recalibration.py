@@ -18,7 +18,7 @@ from bn_callbacks.arguments import (
     is_word,
     shown,
 )
-from bn_callbacks.auditing import report_on
+from bn_callbacks.auditing import Seen, report_on
 from bn_callbacks.layers import (
     BatchNormLayer,
     LayerSelection,
@@ -37,7 +37,6 @@ from bn_callbacks.measuring.consistent import (
     Solution,
     by_passes,
     consistent,
-    filled,
     known,
 )
 from bn_callbacks.measuring.data import Batches
@@ -267,12 +266,11 @@ class Recalibration:
                 f"{measured.batches} batches with nothing in them that counts. Pass "
                 "data that are not empty or masked throughout."
             )
+        seen = Seen()
+        seen.in_batches(targets, measured, {})
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
-            [*targets, *uncalled],
-            [*old, *uncalled.values()],
-            [*filled(measured.moments, old), *uncalled.values()],
-            self._model,
+            [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen
         )
         loss_before = loss_after = None
         if self._validation is not None:

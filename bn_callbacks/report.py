@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from bn_callbacks.pictures import draw_before_and_after, draw_lags
 from bn_callbacks.statistics.causes import HEALTHY
 from bn_callbacks.statistics.diagnosis import diagnose_model
-from bn_callbacks.statistics.evidence import Evidence
+from bn_callbacks.statistics.evidence import Evidence, Figures
+from bn_callbacks.statistics.losses import Losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,48 +41,27 @@ BatchNormWarning.__module__ = BatchNormLagWarning.__module__ = "bn_callbacks"
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What is known of one BN layer; what cannot be known is `None`.
+class LayerReport(Figures):
+    """What is known of one BN layer: its `Figures`, and the verdict on them.
+
+    What cannot be known is `None`.
 
     Args:
         path: Path of the layer in its model.
         cause: `"healthy"`; or `"unknown"`, where nothing was measured; or the likely
             cause of what is wrong.
-        lag: RMS error that the moving statistics put on the layer's normalised
-            output, in standard deviations.
-        mean_shift: The part of `lag` from the means, in standard deviations.
-        scale_ratio: Batch over moving standard deviation, geometric mean over
-            the channels.
-        noise: RMS fluctuation of the moving averages that sampling alone
-            causes, in standard deviations.
-        updates: Updates of the moving averages that were watched.
-        start_weight: Weight of the values the averages began with.
+        updates: Updates of the moving averages that were watched; None where they
+            could not be counted.
         momentum: The layer's momentum.
         suggested_momentum: A momentum that would do better.
-        design_effect: Variance between batches over what a random sample of
-            the same size would have.
-        batch_noise: Standard deviation of one batch's statistics that sampling
-            causes, in standard deviations of the input.
-        batch_variation: Coefficient of variation of the batches' variances.
-        disagreement: Largest lag of a replica's moving statistics behind those of
-            all replicas; None without several of them.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
     """
 
     path: str
     cause: str = HEALTHY
-    lag: float | None = None
-    mean_shift: float | None = None
-    scale_ratio: float | None = None
-    noise: float | None = None
     updates: int | None = None
-    start_weight: float | None = None
     momentum: float | None = None
     suggested_momentum: float | None = None
-    design_effect: float | None = None
-    batch_noise: float | None = None
-    batch_variation: float | None = None
-    disagreement: float | None = None
     advice: str = ""
 
 
@@ -90,20 +70,29 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
     reports = (
         LayerReport(
             path=seen.path,
+            cause=verdict.cause,
             updates=seen.updates,
             momentum=seen.momentum,
-            **vars(diagnosis),
+            suggested_momentum=verdict.suggested_momentum,
+            advice=verdict.advice,
+            **vars(verdict.figures),
         )
-        for seen, diagnosis in zip(evidence, diagnose_model(evidence), strict=True)
+        for seen, verdict in zip(evidence, diagnose_model(evidence), strict=True)
     )
     # Averages that were watched and never moved are those of a layer that is off.
     return tuple(
         dataclasses.replace(report, cause=UNKNOWN)
-        if report.cause == HEALTHY and report.lag is None and not seen.is_still
+        if report.cause == HEALTHY
+        and report.lag is None
+        and seen.is_called
+        and not seen.is_still
         else report
         for report, seen in zip(reports, evidence, strict=True)
     )
 
+
+MAX_ROWS = 30
+"""Layers in a table, at most: the worst."""
 
 _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "layer": lambda layer: layer.path,
@@ -111,6 +100,7 @@ _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "lag": lambda layer: _number(layer.lag),
     "mean shift": lambda layer: _number(layer.mean_shift),
     "scale ratio": lambda layer: _number(layer.scale_ratio),
+    "residual": lambda layer: _number(layer.residual),
     "noise": lambda layer: _number(layer.noise),
     "start weight": lambda layer: _number(layer.start_weight),
     "momentum": lambda layer: _number(layer.momentum),
@@ -126,12 +116,35 @@ class BatchNormReport:
         loss_batch: Loss with batch statistics, everything else in inference mode.
         loss_inference: Loss in inference mode, on the same examples.
         clues: Facts known before training that may lead to trouble.
+        loss_recalibrated: Loss in inference mode, on the same examples, with the
+            statistics of these very examples: what recalibrating can reach.
+
+    Penalties (`model.losses`) are no part of the losses.
     """
 
     layers: tuple[LayerReport, ...] = ()
     loss_batch: float | None = None
     loss_inference: float | None = None
     clues: tuple[str, ...] = ()
+    loss_recalibrated: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        layers: tuple[LayerReport, ...],
+        losses: Losses | None,
+        clues: tuple[str, ...] = (),
+    ) -> "BatchNormReport":
+        """A report with the losses that were measured, if any."""
+        if losses is None:
+            return cls(layers, clues=clues)
+        return cls(
+            layers,
+            loss_batch=losses.mean("batch"),
+            loss_inference=losses.mean("inference"),
+            loss_recalibrated=losses.mean("recalibrated"),
+            clues=clues,
+        )
 
     @property
     def loss_gap(self) -> float | None:
@@ -161,6 +174,12 @@ class BatchNormReport:
         return tuple(layer for layer in self.layers if layer.cause == UNKNOWN)
 
     @property
+    def residual(self) -> float | None:
+        """The largest residual of any layer; None where none was measured."""
+        known = [each.residual for each in self.layers if each.residual is not None]
+        return max(known, default=None)
+
+    @property
     def lagging(self) -> tuple[LayerReport, ...]:
         """The layers with which something is wrong, worst first."""
         sick = [layer for layer in self.layers if layer.cause not in (HEALTHY, UNKNOWN)]
@@ -175,6 +194,7 @@ class BatchNormReport:
             **dataclasses.asdict(self),
             "loss_gap": self.loss_gap,
             "max_lag": self.max_lag,
+            "residual": self.residual,
             "worst": self.worst.path if self.worst else None,
             "lagging": [layer.path for layer in self.lagging],
         }
@@ -223,29 +243,49 @@ class BatchNormReport:
 
     @property
     def loss_line(self) -> str:
-        """Both losses and their gap, in a line; empty if they are not known."""
+        """The losses and their gap, in a line; empty if they are not known."""
         if self.loss_gap is None:
             return ""
-        return (
+        line = (
             f"loss: {self.loss_inference:.4g} in inference mode, "
             f"{self.loss_batch:.4g} with batch statistics (gap {self.loss_gap:.3g})"
         )
+        if self.loss_recalibrated is None:
+            return line
+        return f"{line}, {self.loss_recalibrated:.4g} if recalibrated on these examples"
 
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
-        lines = [table([list(_COLUMNS), *self._rows()]), *self._notes()]
+        lines = [self.headline, table([list(_COLUMNS), *self._rows()]), *self._notes()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return _html_table(list(_COLUMNS), self._rows()) + notes
+        head = f"<p>{html.escape(self.headline)}</p>"
+        return head + _html_table(list(_COLUMNS), self._rows()) + notes
+
+    @property
+    def _shown(self) -> Sequence[LayerReport]:
+        """The layers in the table: all in model order, or the worst of many."""
+        if len(self.layers) <= MAX_ROWS:
+            return self.layers
+        healthy = [layer for layer in self.layers if layer.cause == HEALTHY]
+        rest = sorted(healthy, key=severity, reverse=True)
+        return [*self.lagging, *rest][:MAX_ROWS]
 
     def _rows(self) -> list[list[str]]:
-        return [[cell(layer) for cell in _COLUMNS.values()] for layer in self.layers]
+        return [[cell(layer) for cell in _COLUMNS.values()] for layer in self._shown]
 
     def _notes(self) -> list[str]:
-        notes = [self.loss_line] if self.loss_line else []
+        cut = len(self.layers) - len(self._shown)
+        notes = []
+        if cut:
+            sick = len(self.lagging) - sum(
+                layer.cause != HEALTHY for layer in self._shown
+            )
+            notes.append(f"… and {cut} more layers, {sick} of them not healthy")
+        notes += [self.loss_line] if self.loss_line else []
         # The advice for the worst layer of each cause.
         advice = {layer.cause: layer.advice for layer in reversed(self.lagging)}
         notes += [f"{cause}: {text}" for cause, text in advice.items() if text]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm
-from bn_callbacks.clues import find_clues
-from bn_callbacks.layers import find
+from bn_callbacks.layers import calls_of, find
+from bn_callbacks.watching.clues import find_clues
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
@@ -15,12 +15,14 @@ Y = X[:, :1]
 
 def clues(model, total_steps=10_000, is_recalibrated=False, **compiled):
     model.compile(**{"optimizer": "sgd", "loss": "mse", **compiled})
+    found = find(model)
     return " ".join(
         find_clues(
             model,
-            find(model),
+            found,
             total_steps=total_steps,
             is_recalibrated=is_recalibrated,
+            calls=calls_of(model, found),
         )
     )
 
@@ -67,7 +69,14 @@ def test_trainable_changed_after_compile_is_seen():
     if not hasattr(model, "_compiled_trainable_state"):
         pytest.skip("this Keras does not remember what was compiled")
     model.layers[0].trainable = False
-    text = find_clues(model, find(model), total_steps=None, is_recalibrated=False)
+    found = find(model)
+    text = find_clues(
+        model,
+        found,
+        total_steps=None,
+        is_recalibrated=False,
+        calls=calls_of(model, found),
+    )
     assert "changed after `compile`" in text[0]
 
 

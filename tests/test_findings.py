@@ -4,14 +4,21 @@ import dataclasses
 
 import pytest
 
-from bn_callbacks.findings import WORSE, Findings
 from bn_callbacks.report import BatchNormReport, LayerReport
+from bn_callbacks.watching.findings import CLEAR, PATIENCE, WORSE, Findings
 
 SICK = LayerReport("bn", cause="outliers", lag=1.0, advice="Clean the data.")
 
 
+def look(
+    findings: Findings, *layers: LayerReport, steps_left: int | None = 100
+) -> list[str]:
+    return findings.messages(BatchNormReport(layers), steps_left)
+
+
 def said(findings: Findings, *layers: LayerReport) -> list[str]:
-    return findings.messages(BatchNormReport(layers), steps_left=100)
+    """What two looks say that find the same."""
+    return look(findings, *layers) + look(findings, *layers)
 
 
 def of(lag: float | None, path: str = "bn", cause: str = "outliers") -> LayerReport:
@@ -43,3 +50,50 @@ def test_what_has_no_size_cannot_worsen(lag: float | None) -> None:
     findings = Findings(threshold=0.2)
     assert len(said(findings, of(lag))) == 1
     assert said(findings, of(lag)) == []
+
+
+def test_one_look_is_chance_and_the_next_one_confirms_it() -> None:
+    findings = Findings(threshold=0.2)
+    assert look(findings, of(1.0)) == []
+    assert look(findings, of(0.1, cause="healthy")) == []
+    assert look(findings, of(1.0)) == []
+    assert len(look(findings, of(1.0))) == 1
+
+
+@pytest.mark.parametrize("cause", ["non_finite", "inference_mode", "not_updating"])
+def test_facts_and_the_end_need_no_second_look(cause: str) -> None:
+    assert len(look(Findings(threshold=0.2), of(None, cause=cause))) == 1
+    assert len(look(Findings(threshold=0.2), of(1.0), steps_left=0)) == 1
+
+
+def test_after_a_healthy_training_the_last_look_has_to_be_clear() -> None:
+    def last(lag: float, inference: float | None = None) -> list[str]:
+        findings = Findings(threshold=0.2)
+        for _ in range(3):
+            assert look(findings, of(0.1, cause="healthy")) == []
+        losses = {} if inference is None else {
+            "loss_batch": 1.0, "loss_inference": inference, "loss_recalibrated": 1.0
+        }  # fmt: skip
+        report = BatchNormReport((of(lag, cause="stale"),), **losses)
+        return findings.messages(report, steps_left=0)
+
+    assert last(CLEAR * 0.2 - 0.01) == []
+    assert len(last(CLEAR * 0.2 + 0.01)) == 1
+    assert last(9.0, inference=CLEAR - 0.1) == []
+    assert len(last(0.1, inference=CLEAR)) == 1
+
+
+def test_turbulence_has_to_last_for_three_memories() -> None:
+    findings = Findings(threshold=0.2)
+
+    def drifting(memories: float) -> list[str]:
+        updates = round(100 * memories)
+        layer = dataclasses.replace(
+            of(1.0, cause="drifting"), momentum=0.99, updates=1000 + updates
+        )
+        return look(findings, layer)
+
+    assert PATIENCE == 3
+    assert [len(drifting(memories)) for memories in (0, 1, 2, 2.9, 3.1)] == [
+        0, 0, 0, 0, 1,
+    ]  # fmt: skip

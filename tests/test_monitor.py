@@ -16,7 +16,7 @@ from bn_callbacks import (
     DebiasBatchNorm,
     RecalibrateBatchNorm,
 )
-from bn_callbacks.callbacks.monitor import reading_interval
+from bn_callbacks.watching.watch import reading_interval
 
 EXACT_EXECUTIONS = hasattr(keras.Model(), "unrolled_steps_per_execution")
 BATCH = 16
@@ -60,7 +60,7 @@ def batches_of(x):
 
 def recovered(monitor, index=0):
     """What the monitor made of its readings: steps and statistics per window."""
-    windows = monitor._windows
+    windows = monitor._watch._windows
     return [
         (kept.steps, np.array(windows._batch(kept.old, kept.new, kept.steps, index)))
         for kept in windows._kept
@@ -667,7 +667,8 @@ def test_warns_of_warming_up_once_with_layer_figure_cause_and_remedy():
     with pytest.warns(BatchNormLagWarning) as warned:
         fit_with(monitor, model, x, y, [look], epochs=3)
     (message,) = lag_warnings(warned)
-    worst = worsts[0]
+    # The second look confirms the first.
+    worst = worsts[1]
     assert worst.cause == "warming_up"
     assert worst.path in message
     assert f"{worst.lag:.2f} standard deviations" in message
@@ -688,7 +689,7 @@ def test_knows_how_long_a_resumed_fit_is():
     x, y = data(20, spread=0)
     seen = []
     look = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: seen.append(monitor._steps_left())
+        on_epoch_end=lambda *_: seen.append(monitor._watch.steps_left)
     )
     monitor = BatchNormMonitor(on_lag="ignore")
     fit_with(monitor, make_model(), x, y, [look], initial_epoch=5, epochs=7)
@@ -904,3 +905,14 @@ def test_layers_that_do_not_exist_are_refused_before_training():
 )
 def test_reads_as_often_as_the_longest_memory_makes_sensible(momenta, total, expected):
     assert reading_interval(momenta, total) == expected
+
+
+def test_a_dataset_is_a_probe_too():
+    x, y = data(20)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    monitor = BatchNormMonitor(on_lag="ignore", probe=batches)
+    same = BatchNormMonitor(on_lag="ignore", probe=(x, y))
+    endless_one = BatchNormMonitor(on_lag="ignore", probe=batches.repeat())
+    make_model().fit(batches, verbose=0, callbacks=[monitor, same, endless_one])
+    assert monitor.report.loss_batch == pytest.approx(same.report.loss_batch, rel=1e-4)
+    assert endless_one.report.loss_recalibrated > 0

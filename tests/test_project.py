@@ -14,8 +14,8 @@ PACKAGE = ROOT / "bn_callbacks"
 FLOORS = (
     {"arguments", "budget", "distribution", "names", "pictures", "statistics"},
     {"layers", "report"},
-    {"clues", "examples", "findings", "measuring", "start_values", "steps", "windows"},
-    {"auditing", "tensorboard"},
+    {"evidence", "measuring"},
+    {"auditing", "tensorboard", "watching"},
     {"recalibration"},
     {"callbacks"},
     {"demo"},

@@ -15,6 +15,7 @@ from bn_callbacks import (
     LayerReport,
     RecalibrationReport,
 )
+from bn_callbacks.report import MAX_ROWS
 
 INF, NAN = math.inf, math.nan
 
@@ -104,7 +105,8 @@ def full_report():
 
 
 def test_the_table_is_aligned_and_followed_by_losses_and_advice():
-    lines = str(full_report()).splitlines()
+    head, *lines = str(full_report()).splitlines()
+    assert head == full_report().headline
     assert lines[0].split("  ")[0] == "layer"
     assert [line.split()[0] for line in lines[1:3]] == ["a", "model/<b>&bn"]
     for name in ("cause", "lag", "momentum"):
@@ -157,7 +159,33 @@ def test_the_notebook_view_escapes_what_users_named():
     assert "model/&lt;b&gt;&amp;bn" in view
     assert "Wait &lt;long&gt; &amp; " in view
     assert view.count("<tr>") == 3
-    assert view.startswith("<table>")
+    assert view.startswith(f"<p>{full_report().headline}</p><table>")
+
+
+def test_rows_beyond_30_are_cut_worst_first_and_counted():
+    healthy = [LayerReport(f"h{index}", lag=0.001 * index) for index in range(60)]
+    sick = [
+        LayerReport(f"s{index}", "drifting", lag=1.0 + index)
+        for index in range(MAX_ROWS + 2)
+    ]
+    text = str(BatchNormReport((*healthy, *sick)))
+    lines = text.splitlines()
+    rows = [line.split()[0] for line in lines[2 : 2 + MAX_ROWS]]
+    assert rows == [f"s{index}" for index in range(MAX_ROWS + 1, 1, -1)]
+    assert lines[2 + MAX_ROWS] == "… and 62 more layers, 2 of them not healthy"
+    few = str(BatchNormReport(tuple(healthy[:MAX_ROWS])))
+    assert "more layers" not in few
+
+
+def test_the_losses_are_told_with_what_recalibrating_can_reach():
+    report = BatchNormReport(
+        (LayerReport("a", residual=0.5), LayerReport("b")), 1.0, 3.0, (), 1.1
+    )
+    assert report.loss_line.endswith("(gap 3), 1.1 if recalibrated on these examples")
+    assert report.residual == 0.5
+    assert report.to_dict()["loss_recalibrated"] == 1.1
+    assert report.to_dict()["residual"] == 0.5
+    assert BatchNormReport().residual is None
 
 
 @pytest.mark.parametrize("kind", [BatchNormReport, LayerReport, RecalibrationReport])

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from bn_callbacks.steps import StepCounter, announced_epochs, announced_steps
+from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
 
 
 class Epoch:

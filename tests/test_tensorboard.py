@@ -111,6 +111,7 @@ def test_every_figure_of_each_epochs_report_is_a_scalar(tmp_path):
         "bn/summary/max_lag": [report.max_lag for report in reports],
         "bn/summary/layers_lagging": [len(report.lagging) for report in reports],
         "bn/summary/loss_gap": [report.loss_gap for report in reports],
+        "bn/summary/loss_recalibrated": [each.loss_recalibrated for each in reports],
     }
     for index, layer in enumerate(reports[0].layers):
         for name in FIGURES:

@@ -6,7 +6,7 @@ import pytest
 
 from bn_callbacks.layers import assign, find, restore, snapshot
 from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.windows import KEPT_WINDOWS, Windows
+from bn_callbacks.watching.windows import KEPT_WINDOWS, Windows
 
 MOMENTUM = 0.9
 

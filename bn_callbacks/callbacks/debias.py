@@ -7,8 +7,8 @@ from bn_callbacks.callbacks.base import BatchNormCallback
 from bn_callbacks.callbacks.company import company
 from bn_callbacks.layers import find, is_built
 from bn_callbacks.report import BatchNormWarning
-from bn_callbacks.start_values import StartValues
-from bn_callbacks.steps import StepCounter
+from bn_callbacks.watching.start_values import StartValues
+from bn_callbacks.watching.steps import StepCounter
 
 
 class DebiasBatchNorm(BatchNormCallback):
@@ -72,6 +72,7 @@ class DebiasBatchNorm(BatchNormCallback):
         if starts is not None:
             if is_first:
                 self._counter.observe(*starts.rebase())
+                starts.watch_calls()
             elif is_late or self._counter.needs_reading:
                 self._counter.observe(*starts.read())
 
@@ -108,8 +109,9 @@ class DebiasBatchNorm(BatchNormCallback):
         if not self._starts.is_known and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "DebiasBatchNorm cannot know how many steps were made, and leaves "
-                "the statistics as they are. Received: steps=None. Pass "
+                "DebiasBatchNorm cannot know how many updates were made, and leaves "
+                "the statistics as they are. Received: steps or updates a step "
+                "unknown, or a count that would leave a negative variance. Pass "
                 "`steps_per_epoch` to `fit`, or recalibrate instead.",
                 BatchNormWarning,
                 stacklevel=2,

@@ -18,7 +18,7 @@ from bn_callbacks.layers import BatchNormLayer, find, read
 from bn_callbacks.names import printable
 from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
 from bn_callbacks.statistics.causes import HEALTHY, NON_FINITE
-from bn_callbacks.statistics.diagnosis import GAP_LIMIT
+from bn_callbacks.statistics.losses import GAP_LIMIT
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.suspicion import (
     FROZEN,
@@ -144,12 +144,16 @@ def find_faults(
 
 
 def _is_clear(verdict: LayerReport, channels: int, gap: float | None) -> bool:
-    if verdict.cause != HEALTHY or verdict.lag is None:
+    if verdict.cause != HEALTHY:
         return False
+    if verdict.lag is None:
+        # Nothing calls the layer, so it does not matter what it stores.
+        return True
     if gap is not None:
         return gap < GAP_LIMIT
-    # The lag is a mean over the channels, in which one bad channel must not hide.
-    return verdict.lag * math.sqrt(channels) < CLEAR
+    error = verdict.lag if verdict.residual is None else verdict.residual
+    # It is a mean over the channels, in which one bad channel must not hide.
+    return bool(error * math.sqrt(channels) < CLEAR)
 
 
 def _as_json(

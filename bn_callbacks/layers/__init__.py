@@ -1,5 +1,6 @@
 """The only rooms that know Keras' internals, which change with every release."""
 
+from bn_callbacks.layers.calls import Calls, CallWatch, calls_of
 from bn_callbacks.layers.facts import (
     Fingerprint,
     LossMetric,
@@ -41,6 +42,7 @@ from bn_callbacks.layers.memory import memory_of, structure_of
 from bn_callbacks.layers.modes import (
     batch_mode,
     compute_loss,
+    forget_penalties,
     forward,
     runs_in_training_mode,
     stateless,
@@ -58,6 +60,8 @@ from bn_callbacks.layers.state import (
 
 __all__ = [
     "BatchNormLayer",
+    "CallWatch",
+    "Calls",
     "Fingerprint",
     "InputLayout",
     "LayerSelection",
@@ -66,12 +70,14 @@ __all__ = [
     "Snapshot",
     "assign",
     "batch_mode",
+    "calls_of",
     "check_keras",
     "check_model",
     "compute_loss",
     "compute_precision",
     "count_inputs",
     "find",
+    "forget_penalties",
     "forward",
     "give_back",
     "has_own_train_step",

@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from bn_callbacks.distribution import Team
 from bn_callbacks.layers.find import BatchNormLayer, nodes_of
@@ -89,6 +91,13 @@ _COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
 SAMPLED_WEIGHTS = 32
 """Variables looked at in a fingerprint, spread over the model."""
 
+SAMPLED_VALUES = 256
+"""Values looked at in each of them, the first."""
+
+REPLACED = 0.01
+"""Relative change from which weights count as replaced: averages of weights that rest
+differ by thousandths, and do no harm."""
+
 
 class Fingerprint:
     """Tells whether the weights of a model have been replaced.
@@ -104,15 +113,22 @@ class Fingerprint:
         every = math.ceil(len(variables) / SAMPLED_WEIGHTS) or 1
         self._values = [variable.value for variable in variables[::every]]
 
-    def __call__(self) -> bytes:
-        """A value that almost surely changes with the weights."""
+    def __call__(self) -> NDArray[np.float64]:
+        """The sample, as it is now."""
         # Not compiled: a trace in each `fit` would cost more than it would save.
-        sums = [tf.nn.l2_loss(_wide(value)) for value in self._values]
-        return b"".join(total.numpy().tobytes() for total in sums)
+        parts = [
+            tf.reshape(value, [-1])[:SAMPLED_VALUES].numpy().astype(np.float64)
+            for value in self._values
+        ]
+        return np.concatenate([*parts, np.zeros(0)])
 
-
-def _wide(value: Any) -> Any:
-    return tf.cast(value, tf.float32) if value.dtype.size < 4 else value
+    def is_replaced(self, before: NDArray[np.float64]) -> bool:
+        """Whether the weights have changed since a sample was taken."""
+        now = self()
+        with np.errstate(all="ignore"):
+            change = float(np.linalg.norm(now - before))
+            size = float(np.linalg.norm(before))
+        return change > REPLACED * size
 
 
 def count_inputs(model: keras.Model) -> int | None:

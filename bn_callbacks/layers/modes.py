@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.losses import loss as _loss
 
 from bn_callbacks.layers.facts import pinned_in_graph
@@ -123,6 +124,11 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
         ]
     with keras.StatelessScope(mapping, collect_losses=True):
         yield
+
+
+def forget_penalties() -> None:
+    """Inside `stateless`: what layers have added to the loss so far does not count."""
+    get_stateless_scope().losses.clear()
 
 
 def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) -> Any:

@@ -39,6 +39,7 @@ class Batches:
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
             inputs from `(x, y)`; None if unknown.
+        shuffle: Whether to read arrays in random order, the same each time.
 
     Raises:
         ValueError: Nothing in `x`, less in it than `steps`, no end to it, or
@@ -53,6 +54,7 @@ class Batches:
         batch_size: int | None = None,
         steps: int | None = None,
         inputs: int | None = None,
+        shuffle: bool = False,
     ) -> None:
         check_whole("batch_size", batch_size)
         check_whole("steps", steps)
@@ -64,7 +66,9 @@ class Batches:
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
-            self._source: Iterable[Any] = _Arrays(x, batch_size or BATCH_SIZE, inputs)
+            self._source: Iterable[Any] = _Arrays(
+                x, batch_size or BATCH_SIZE, inputs, shuffle
+            )
             size: int | None = len(self._source)
         else:
             if batch_size is not None:
@@ -366,9 +370,11 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
 
 
 class _Arrays:
-    """Arrays, cut into consecutive batches."""
+    """Arrays, cut into batches: consecutive ones, or of rows in random order."""
 
-    def __init__(self, x: Any, batch_size: int, inputs: int | None) -> None:
+    def __init__(
+        self, x: Any, batch_size: int, inputs: int | None, shuffle: bool = False
+    ) -> None:
         is_item = isinstance(x, tuple) and len(x) in (2, 3)
         if is_item and len(x) == inputs:
             # As many as the model has inputs: (x, y) only if x alone is as many.
@@ -386,6 +392,9 @@ class _Arrays:
             )
         self._samples = sizes[0]
         self._batch_size = min(int(batch_size), max(1, self._samples))
+        self._order = None
+        if shuffle and self._samples > self._batch_size:
+            self._order = np.random.default_rng(0).permutation(self._samples)
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)
@@ -395,7 +404,11 @@ class _Arrays:
 
     def __getitem__(self, index: int) -> Batch:
         start = index * self._batch_size
-        return self._cut(slice(start, start + self._batch_size))
+        part: Any = slice(start, start + self._batch_size)
+        if self._order is not None:
+            # Within a batch the order does not matter, but to files on a disk.
+            part = np.sort(self._order[part])
+        return self._cut(part)
 
     def sample(self, size: int, steps: int | None) -> Batch:
         """Examples of the first `steps` batches, drawn at random, the same each time.
@@ -403,9 +416,11 @@ class _Arrays:
         All of them in their order where there are no more.
         """
         total = min(self._samples, self._batch_size * (steps or len(self)))
-        if size >= total:
+        rows = np.arange(total) if self._order is None else self._order[:total]
+        if size < total:
+            rows = np.random.default_rng(0).choice(rows, size, replace=False)
+        elif total == self._samples:
             return self._cut(slice(total))
-        rows = np.random.default_rng(0).choice(total, size, replace=False)
         return self._cut(np.sort(rows))
 
     def _cut(self, part: Any) -> Batch:

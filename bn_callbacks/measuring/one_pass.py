@@ -51,6 +51,8 @@ class Measurement:
         batches: Number of batches read, by all workers.
         samples: Number of samples read.
         own_batches: Number of batches that this worker has read.
+        losses: Mean loss and number of samples of each batch that this worker has
+            read, `(batches, 2)`.
         design_effect: How much more the means of batches differ at the first layer
             than those of random samples would: 1 at most, but for chance, for these;
             None where that is not known. Of this worker's batches.
@@ -61,7 +63,13 @@ class Measurement:
     batches: int
     samples: int
     own_batches: int
+    losses: NDArray[np.float64]
     design_effect: float | None = None
+
+    @property
+    def statistics(self) -> list[Statistics]:
+        """Mean and variance of each layer's input."""
+        return [moments.statistics for moments in self.moments]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +122,7 @@ class Population:
         layers: The layers to measure. Other BN layers use what they store.
         dropout: Whether dropout, noise and augmentation layers are active.
         loss: Whether to measure the model's loss as well.
+        penalties: Whether what layers add to the loss is a part of it.
     """
 
     def __init__(
@@ -123,13 +132,14 @@ class Population:
         *,
         dropout: bool = False,
         loss: bool = False,
+        penalties: bool = True,
     ) -> None:
         self.layers = list(layers)
         self.team = team_of(model)
         self.channels = sum(bn.channels for bn in layers)
         self.takes_any_batch = takes_any_batch(model)
         self._model = model
-        self._options = {"dropout": dropout, "loss": loss}
+        self._options = {"dropout": dropout, "loss": loss, "penalties": penalties}
         self._is_fast = True
         self._entry: int | None = None
 
@@ -205,14 +215,14 @@ class Population:
         is_fixed = statistics is not None
         is_enough = until() if until is not None else None
         pooled = [Moments.empty(bn.channels) for bn in self.layers]
-        losses = np.zeros(2)
+        losses: list[NDArray[np.float64]] = []
         entry_means: list[Moments] = []
         source = iter(batches)
         count = samples = 0
 
         def take(traced: Traced, pending: list[Any]) -> bool:
             """Pools what is pending; whether it is enough."""
-            nonlocal pooled, losses
+            nonlocal pooled
             if not pending:
                 return False
             results = _fetch(traced, pending, self.team.replicas)
@@ -225,7 +235,7 @@ class Population:
                 pooled = [
                     old.merge(part) for old, part in zip(pooled, new, strict=True)
                 ]
-                losses = losses + one.losses.sum(axis=0)
+                losses.append(one.losses)
                 entry_means.append(_entry_means(traced, one))
                 if is_enough is not None and is_enough(new):
                     return True
@@ -257,13 +267,14 @@ class Population:
                 if self.team.everywhere(ended or enough):
                     break
         read = batches.read(count)
-        rows = self.team.gather(_flat([read, samples, *losses], pooled))
-        result = _measurement(rows, self.layers, read)
+        each = np.concatenate([np.zeros((0, 2)), *losses])
+        rows = self.team.gather(_flat([read, samples, *each.sum(axis=0)], pooled))
+        each[:, 0] /= np.where(each[:, 1], each[:, 1], 1.0)
+        result = _measurement(rows, self.layers, read, each)
         if self._entry is None or not count:
             return result
-        design = design_effect(
-            pool(entry_means), pooled[self._entry], samples / max(count, 1)
-        )
+        whole, size = pooled[self._entry], samples / count
+        design = design_effect(pool(entry_means), whole, size)
         return replace(result, design_effect=design)
 
     def run(self, batch: Batch, mix: Mix) -> list[Moments]:
@@ -279,7 +290,7 @@ class Population:
             results = _fetch(traced, pending, self.team.replicas)
             moments = self._moments(traced, results, is_fixed=True)
         chief = self.team.gather(_flat([1, 0, 0, 0], moments))[:1]
-        return _measurement(chief, self.layers, 1).moments
+        return _measurement(chief, self.layers, 1, np.zeros((0, 2))).moments
 
     def bytes_of_example(self, batch: Batch) -> float:
         """Memory that an example more in a batch takes, which makes sure of a trace.
@@ -335,8 +346,13 @@ class Population:
                 bad[layer] = min(first, bad.get(layer, first))
 
         for layer, late in results.late.items():
-            is_bad = [not np.isfinite(one.m2).all() for one in late]
-            add(layer, pool(late), is_bad, [one.mean for one in late])
+            means = [one.mean for one in late]
+            add(
+                layer,
+                pool(late),
+                [not np.isfinite(one.m2).all() for one in late],
+                means,
+            )
         start = first_count = 0
         for entry in traced.entries:
             end = start + self.layers[entry.layer].channels
@@ -362,8 +378,8 @@ class Population:
         if not is_fixed or first == traced.entry:
             if bad[first][1]:
                 raise ValueError(
-                    f"The input of {self.layers[first].path} is too large: its variance "
-                    "is not finite. Received: values that overflow when they are "
+                    f"The input of {self.layers[first].path} is too large: its "
+                    "variance is not finite. Received: values that overflow when they are "
                     f"squared, in batch {index} of the data (counted from 0). Scale "
                     "the data, or look for huge weights in the layers before."
                 )
@@ -410,7 +426,10 @@ def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float6
 
 
 def _measurement(
-    rows: NDArray[np.float64], layers: Sequence[BatchNormLayer], own_batches: int
+    rows: NDArray[np.float64],
+    layers: Sequence[BatchNormLayer],
+    own_batches: int,
+    losses: NDArray[np.float64],
 ) -> Measurement:
     """Pools what all workers have told, which gives the same on each of them."""
     batches, samples, loss, weight = rows[:, :4].sum(axis=0)
@@ -426,4 +445,5 @@ def _measurement(
         batches=int(batches),
         samples=int(samples),
         own_batches=own_batches,
+        losses=losses,
     )

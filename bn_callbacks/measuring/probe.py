@@ -1,22 +1,89 @@
-"""A model's loss with and without batch statistics."""
+"""A model's loss on a sample, with three kinds of statistics: B, I and R."""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
-from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.one_pass import Population
-from bn_callbacks.statistics.moments import Statistics, is_finite
+from bn_callbacks.measuring.consistent import consistent, known, lags, storable
+from bn_callbacks.measuring.data import Batch, Batches
+from bn_callbacks.measuring.one_pass import Measurement, Population, Until
+from bn_callbacks.measuring.progress import Progress
+from bn_callbacks.measuring.sample import Sample, examples_in, sample_size
+from bn_callbacks.measuring.traced import Mix
+from bn_callbacks.statistics.losses import Losses
+from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
+from bn_callbacks.statistics.scatter import Scatter, scatter
+
+SOLVED = 0.01
+"""Residual, in standard deviations, up to which R is taken to be that."""
+
+SAMPLE = 512
+"""Examples of a dataset that make a probe: its first batches, in their order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a probe has measured.
+
+    Args:
+        losses: The three losses.
+        inferred: What inference brought each layer with the statistics it stores.
+        scatter: How the batches of each layer differ.
+    """
+
+    losses: Losses
+    inferred: dict[BatchNormLayer, Statistics]
+    scatter: dict[BatchNormLayer, Scatter | None]
+
+
+class EachBatch:
+    """Keeps the moments of the batches of a pass, for their scatter.
+
+    Args:
+        layers: The layers that are measured.
+    """
+
+    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
+        self._layers = list(layers)
+        self._batches: list[list[Moments]] = []
+
+    def until(self) -> Until:
+        """What a pass calls with each batch; it ends none."""
+        self._batches.clear()
+
+        def keep(batch: list[Moments]) -> bool:
+            self._batches.append(batch)
+            return False
+
+        return keep
+
+    @property
+    def scatter(self) -> dict[BatchNormLayer, Scatter | None]:
+        """How the batches differ, for each layer that the data reach."""
+        found = {}
+        for index, bn in enumerate(self._layers):
+            parts = [each[index] for each in self._batches if not each[index].is_empty]
+            if parts:
+                means = np.stack([part.mean for part in parts])
+                variances = np.stack([part.variance for part in parts])
+                found[bn] = scatter(Statistics(means, variances), bn.epsilon)
+        return found
 
 
 class Probe:
-    """A model's loss on a sample of data, in both modes of its BN layers.
+    """A model's loss on a sample of data, in the modes of its BN layers.
 
     Args:
         model: A compiled model.
-        data: Data with targets.
+        data: Data with targets, as `fit` takes them. Arrays are used whole, of what
+            comes in batches the first, about 512 examples.
         layers: BN layers that change between the modes; by default all that are
             not frozen.
 
@@ -30,9 +97,9 @@ class Probe:
         data: Any,
         layers: list[BatchNormLayer] | None = None,
     ) -> None:
-        self._data = data
         self._inputs = count_inputs(model)
-        self._batches = Batches(data, inputs=self._inputs)
+        self._data, self._comes_in_batches = _sample(data, self._inputs)
+        self._batches = Batches(self._data, inputs=self._inputs)
         has_targets = self._batches.peek()[1] is not None
         if not (model.compiled and has_targets):
             raise ValueError(
@@ -42,34 +109,187 @@ class Probe:
             )
         if layers is None:
             layers = [bn for bn in find(model) if bn.trainable]
+        self._model = model
         self.layers = layers
-        self._population = Population(model, layers, loss=True)
+        self._population = Population(model, layers, loss=True, penalties=False)
+        self._solver = Population(model, layers)
+        self._validation: Population | None = None
         self._is_shared = False
 
-    def measure(
-        self, batch_size: float | None = None
-    ) -> tuple[float | None, float | None]:
-        """The loss with batch statistics, and the loss in inference mode.
+    def measure(self, batch_size: float | None = None) -> Reading:
+        """Measures B, I and R in passes over the sample.
 
         Args:
             batch_size: Examples a batch in training, where it is known: batch
-                statistics are to be as good as there.
+                statistics are to be as good as there. Of no effect on data that
+                come in batches.
         """
-        if batch_size is not None:
+        if batch_size is not None and not self._comes_in_batches:
             size = max(1, round(batch_size))
             self._batches = Batches(self._data, batch_size=size, inputs=self._inputs)
             self._is_shared = False
-        return self._loss(None), self.inference_loss(read(self.layers))
+        self._share()
+        return three_losses(
+            self._population, self._solver, self._batches, read(self.layers)
+        )
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
-        """The loss if the layers stored these statistics."""
+        """The loss as `evaluate` has it, if the layers stored these statistics."""
+        if self._validation is None:
+            self._validation = Population(self._model, self.layers, loss=True)
+        self._share()
         # Replicas of other workers may store something else.
-        if not self._population.team.everywhere(is_finite(statistics)):
+        if not self._validation.team.everywhere(is_finite(statistics)):
             return math.nan
-        return self._loss(statistics)
+        return self._validation.measure(self._batches, statistics).loss
 
-    def _loss(self, statistics: list[Statistics] | None) -> float | None:
+    def _share(self) -> None:
         if not self._is_shared:
             self._population.share(self._batches)
             self._is_shared = True
-        return self._population.measure(self._batches, statistics).loss
+
+
+def three_losses(
+    population: Population,
+    solver: Population,
+    batches: Batches,
+    stored: list[Statistics],
+    by_batch: Measurement | None = None,
+) -> Reading:
+    """B, I and R of the same batches, and what inference brings each layer.
+
+    Args:
+        population: Measures the loss as well.
+        solver: The same layers, without the loss.
+        batches: Data with targets.
+        stored: What the layers store.
+        by_batch: What a pass in batch mode has measured, if there was one.
+    """
+    layers = population.layers
+    each = EachBatch(layers)
+    if by_batch is None:
+        by_batch = population.measure(batches, until=each.until)
+    inferred: dict[BatchNormLayer, Statistics] = {}
+    of_inference = np.full(len(by_batch.losses), np.nan)
+    if population.team.everywhere(is_finite(stored)):
+        inference = population.measure(batches, stored)
+        of_inference = inference.losses[:, 0]
+        inferred = {
+            bn: moments.statistics
+            for bn, moments in zip(layers, inference.moments, strict=True)
+            if not moments.is_empty
+        }
+    of_consistent = of_inference
+    if not all(moments.is_empty for moments in by_batch.moments):
+        of_consistent = _consistent_losses(population, solver, batches, stored)
+        if not len(of_consistent):
+            of_consistent = np.full(len(of_inference), np.nan)
+    columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
+    b, i, r, weights = _gather(population, np.stack(columns, axis=1)).T
+    losses = Losses(b, i, r if np.isfinite(r).all() else None, weights)
+    return Reading(losses, inferred, each.scatter)
+
+
+def _consistent_losses(
+    population: Population,
+    solver: Population,
+    batches: Batches,
+    stored: list[Statistics],
+) -> NDArray[np.float64]:
+    """R of each batch; none where with any statistics something overflows."""
+    start = [
+        one if is_finite([one]) else bn.initial
+        for bn, one in zip(solver.layers, stored, strict=True)
+    ]
+    # Run as one batch, a sample solves itself; the pass that measures shows if it did.
+    given = _solved(solver, batches, start)
+    if given is not None:
+        measured = population.measure(batches, given)
+        residual = known(lags(solver.layers, measured.moments, given)) or 0.0
+        if residual <= SOLVED:
+            return measured.losses[:, 0]
+    try:
+        progress = Progress(False, batches.length)
+        given = consistent(solver, batches, start, progress=progress).statistics
+    except ValueError:
+        return np.zeros(0)
+    return population.measure(batches, given).losses[:, 0]
+
+
+def _solved(
+    solver: Population, batches: Batches, start: list[Statistics]
+) -> list[Statistics] | None:
+    """The statistics of all batches run as one, if they can be."""
+    if solver.team.size > 1 or not solver.takes_any_batch:
+        return None
+    first = next(iter(batches))
+    most = sample_size(solver.bytes_of_example(first), examples_in(first))
+    batch = Sample(batches, lambda _: most, from_all=True).batch()
+    if batch is None:
+        return None
+    try:
+        moments = solver.run(batch, Mix.of_batch(solver.channels))
+    except (ValueError, tf.errors.OpError):
+        return None
+    return storable(solver.layers, moments, start)
+
+
+class Kept:
+    """Batches that are kept, to be read again.
+
+    Args:
+        batches: The batches, each `(inputs, targets, sample_weight)`.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+def is_probe(data: Any) -> bool:
+    """Whether this may be a probe: targets come with it, or in its batches."""
+    if isinstance(data, tuple):
+        return len(data) in (2, 3)
+    return isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator))
+
+
+def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
+    """What a probe uses of some data, and whether it comes in batches already."""
+    if not isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
+        return data, False
+    endless = SAMPLE if _is_endless(data) else None
+    kept, count = [], 0
+    for batch in Batches(data, steps=endless, inputs=inputs):
+        kept.append(batch)
+        leaf = tf.nest.flatten(batch[0])[0]
+        # What is not in batches is refused later, with its reason.
+        count += int(leaf.shape[0] or 0) if leaf.shape.rank else SAMPLE
+        if count >= SAMPLE:
+            break
+    return Kept(kept), True
+
+
+def _is_endless(data: Any) -> bool:
+    if isinstance(data, tf.data.Dataset):
+        return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    if isinstance(data, keras.utils.PyDataset):
+        # Keras before 3.1 has no data without a length.
+        return getattr(data, "num_batches", 0) is None
+    return True
+
+
+def _gather(population: Population, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows of all workers, who may have different numbers of them."""
+    team = population.team
+    if team.workers == 1:
+        return own
+    counts = team.gather(np.array([float(len(own))]))[:, 0].astype(int)
+    padded = np.zeros((counts.max(), own.shape[1]))
+    padded[: len(own)] = own
+    rows = team.gather(padded.ravel()).reshape(len(counts), *padded.shape)
+    return np.concatenate([row[:n] for row, n in zip(rows, counts, strict=True)])

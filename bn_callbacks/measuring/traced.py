@@ -19,6 +19,7 @@ from bn_callbacks.layers import (
     BatchNormLayer,
     batch_mode,
     compute_loss,
+    forget_penalties,
     forward,
     read,
     stateless,
@@ -140,6 +141,7 @@ class Traced:
         team: The replicas to run on.
         dropout: Whether dropout, noise and augmentation layers are active.
         loss: Whether to give the model's loss as well.
+        penalties: Whether what layers add to the loss is a part of it.
         is_fast: Whether sums in float32 are precise enough.
 
     Attributes:
@@ -157,6 +159,7 @@ class Traced:
         *,
         dropout: bool = False,
         loss: bool = False,
+        penalties: bool = True,
         is_fast: bool = True,
     ) -> None:
         self.layers = list(layers)
@@ -167,6 +170,7 @@ class Traced:
         self._team = team
         self._dropout = dropout
         self._loss = loss
+        self._penalties = penalties
         ends = np.cumsum([0, *(bn.channels for bn in layers)])
         self._inputs = [
             _Input(bn, index, team.replicas, start, is_fast)
@@ -305,6 +309,8 @@ class Traced:
         return traced
 
     def _weighted_loss(self, batch: Batch, outputs: Any) -> Any:
+        if not self._penalties:
+            forget_penalties()
         loss = compute_loss(self._model, batch, outputs)
         weight = tf.cast(tf.shape(tf.nest.flatten(batch[0])[0])[0], tf.float64)
         return tf.stack([tf.cast(loss, tf.float64) * weight, weight])

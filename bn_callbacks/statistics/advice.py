@@ -1,5 +1,9 @@
 """What to do about each cause, in a sentence or two."""
 
+import math
+
+import numpy as np
+
 from bn_callbacks.statistics.causes import (
     CORRELATED_BATCHES,
     DRIFTING,
@@ -11,102 +15,181 @@ from bn_callbacks.statistics.causes import (
     NOT_UPDATING,
     OUTLIERS,
     REPLICAS_DIFFER,
+    RESCALED_INPUTS,
+    STALE,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
     WEIGHTS_REPLACED,
 )
-from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence, Figures
-from bn_callbacks.statistics.moving_average import suggest_momentum, updates_to_forget
+from bn_callbacks.statistics.evidence import Evidence, Measured
+from bn_callbacks.statistics.losses import Family
+from bn_callbacks.statistics.moving_average import (
+    FORGOTTEN,
+    LEAST_MOMENTUM,
+    start_weight,
+    suggest_momentum,
+    updates_to_forget,
+)
 
 
-def suggested_momentum(seen: Evidence, figures: Figures, cause: str) -> float | None:
+def suggested_momentum(seen: Evidence, measured: Measured, cause: str) -> float | None:
     """A momentum that would do better for this cause, or None."""
-    if cause == WARMING_UP:
-        rule = suggest_momentum(seen.total_updates or seen.updates or 1)
-        return min(rule, seen.momentum)
-    if cause in (NOISY, DRIFTING) and figures.stream is not None:
+    total = seen.total_updates or seen.updates
+    if cause == WARMING_UP and total:
+        best = min(suggest_momentum(total), _forgets(_distance(seen), total))
+    elif cause in (NOISY, DRIFTING) and measured.stream is not None:
         # A larger one would not have forgotten the start when training ends.
-        total = seen.total_updates
         largest = 0.999 if not total else min(0.999, FORGOTTEN ** (1 / total))
-        best = figures.stream.best_momentum(largest)
-        is_better = best > seen.momentum if cause == NOISY else best < seen.momentum
-        return best if is_better else None
-    return None
+        best = measured.stream.best_momentum(largest)
+    else:
+        return None
+    best = max(best, LEAST_MOMENTUM)
+    is_better = best > seen.momentum if cause == NOISY else best < seen.momentum
+    return best if is_better else None
 
 
-def advise(seen: Evidence, figures: Figures, cause: str, momentum: float | None) -> str:
+def _forgets(distance: float, updates: int) -> float:
+    """The momentum that leaves 5 % of a start so far away, `m^N·distance = 0.05`."""
+    return float((FORGOTTEN / max(distance, 1.0)) ** (1 / updates))
+
+
+def _distance(seen: Evidence) -> float:
+    """How far the start is from the batches, in their own standard deviations."""
+    if seen.start is None or seen.batch is None:
+        return 0.0
+    sigma2 = np.maximum(seen.batch.variance, 0) + seen.epsilon
+    of_mean = float(np.mean(np.square(seen.start.mean - seen.batch.mean) / sigma2))
+    of_scale = float(np.mean(np.maximum(seen.start.variance, 0) / sigma2))
+    return max(math.sqrt(of_mean), of_scale)
+
+
+def advise(
+    seen: Evidence, measured: Measured, cause: str, momentum: float | None
+) -> str:
     """The advice: what to do, with the numbers to do it with."""
-    set_momentum = "" if momentum is None else f"set momentum={momentum:.3g}"
-    if cause == WARMING_UP:
-        needed = updates_to_forget(seen.momentum, FORGOTTEN)
-        return (
-            f"{figures.start_weight:.0%} of the start values is still in the moving "
-            f"statistics: momentum {seen.momentum:g} needs {needed} updates to forget "
-            f"them and has had {seen.updates}. Recalibrate before export "
-            "(`recalibrate(model, x)` or `RecalibrateBatchNorm`), debias for free "
-            f"(`DebiasBatchNorm`), or {set_momentum}."
-        )
-    if cause == DRIFTING:
-        smaller = f", or {set_momentum}" if set_momentum else ""
-        return (
-            "The weights move faster than the moving statistics follow. Recalibrate "
-            "before export and before validation (`recalibrate(model, x)` or "
-            "`RecalibrateBatchNorm(x, when='validation')`), let the learning rate fall "
-            f"towards the end{smaller}."
-        )
-    if cause == NOISY:
-        larger = (
-            f"{set_momentum[0].upper()}{set_momentum[1:]}, use" if momentum else "Use"
-        )
-        rest = ""
-        if seen.last_batch_size and seen.batch_size:
-            rest = (
-                f" The last batch of an epoch has {seen.last_batch_size:.0f} examples "
-                f"instead of {seen.batch_size:.0f} and weighs as much: drop it "
-                "(`drop_remainder=True`)."
-            )
-        return (
-            f"The moving statistics fluctuate by {figures.noise_part:.2g} standard "
-            f"deviations from sampling alone: momentum {seen.momentum:g} averages too "
-            f"few batches. {larger} larger batches, and recalibrate before export "
-            f"(`recalibrate(model, x)`).{rest}"
-        )
-    if cause == CORRELATED_BATCHES:
-        return (
-            f"Batches are no random sample{_scatter(seen, figures)}. Shuffle the "
-            "examples before batching (padding counts too: pass a mask); no momentum "
-            "helps. Until then recalibrate over shuffled data "
-            "(`recalibrate(model, x)`)."
-        )
-    if cause == TINY_BATCH:
-        size = "so few" if seen.batch_size is None else f"{seen.batch_size:.0f}"
-        return (
-            f"Batches of {size} examples have no useful statistics, and recalibration "
-            "cannot repair what was trained with them. Use larger batches, or another "
-            "normaliser (`GroupNormalization`, `LayerNormalization`)."
-        )
-    if cause == OUTLIERS:
-        return (
-            "Rare extreme examples dominate the variance, which differs wildly from "
-            "batch to batch. Clean or clip the data; recalibrate only then."
-        )
+    write = _ADVICE.get(cause)
+    if write is not None:
+        return write(seen, measured, momentum)
     return _PLAIN_ADVICE.get(cause, "").format(
         fix="Set a momentum below 1. " if seen.momentum == 1 else ""
     )
 
 
-def _scatter(seen: Evidence, figures: Figures) -> str:
-    if figures.design_effect is None or seen.batch_size is None:
-        return ""
-    if figures.design_effect < 2:
-        # Another layer proved it; this one's figure would belie the finding.
-        return ""
+def _warming_up(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    recalibrate = "(`recalibrate(model, x)` or `RecalibrateBatchNorm`)"
+    if not seen.updates:
+        return (
+            "The layer still holds the values that a new layer has: no training step "
+            f"has updated them. Recalibrate {recalibrate}."
+        )
+    weight = start_weight(seen.momentum, seen.updates)
+    needed = updates_to_forget(seen.momentum, FORGOTTEN)
+    set_momentum = "" if momentum is None else f", or set momentum={momentum:.3g}"
     return (
-        f": their means vary {figures.design_effect:.0f} times as much as those of "
-        f"shuffled batches of {seen.batch_size:.0f}"
+        f"{weight:.2g} of the start values is still in the moving statistics, which "
+        f"puts them off by {measured.start_part:.2g} standard deviations: momentum "
+        f"{seen.momentum:g} has had {seen.updates} updates, and needs {needed} to "
+        f"forget 95 % of a start. Recalibrate before export {recalibrate}, debias for "
+        f"free (`DebiasBatchNorm`){set_momentum}."
     )
 
+
+def _drifting(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    smaller = "" if momentum is None else f", or set momentum={momentum:.3g}"
+    return (
+        "The weights move faster than the moving statistics follow. Recalibrate "
+        "before export and before validation (`recalibrate(model, x)` or "
+        "`RecalibrateBatchNorm(x, when='validation')`), let the learning rate fall "
+        f"towards the end{smaller}."
+    )
+
+
+def _noisy(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    what = (
+        f"The moving statistics fluctuate by {measured.noise_part:.2g} standard "
+        f"deviations from sampling alone: momentum {seen.momentum:g} averages too few "
+        "batches."
+    )
+    recalibrate = "recalibrate before export (`recalibrate(model, x)`)."
+    larger = "" if momentum is None else f"set momentum={momentum:.3g}, "
+    if seen.last_batch_size and seen.batch_size:
+        sizes = f"{seen.last_batch_size:.0f} examples instead of {seen.batch_size:.0f}"
+        return (
+            f"{what} The last batch of an epoch has {sizes} and weighs as much: drop "
+            f"it (`drop_remainder=True`), {larger}and {recalibrate}"
+        )
+    do = f"{larger}use larger batches, and {recalibrate}"
+    return f"{what} {do[0].upper()}{do[1:]}"
+
+
+def _correlated(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    if seen.family is Family.BATCHES:
+        scatter = _scatter(seen, measured) or (
+            ": no fixed statistics do for all of them what each does with its own"
+        )
+    else:
+        scatter = _scatter(seen, measured)
+    return (
+        f"Batches are no random sample{scatter}. Shuffle the examples before batching "
+        "(padding, and examples that only fill a batch, count too: pass a mask, or "
+        "leave them out); no momentum helps. Until then recalibrating over shuffled "
+        "data helps in part at best: let it measure (`recalibrate(model, x, "
+        "validation_data=...)`)."
+    )
+
+
+def _tiny_batch(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    size = "so few" if seen.batch_size is None else f"{seen.batch_size:.0f}"
+    return (
+        f"Batches of {size} examples have no useful statistics, and recalibration "
+        "cannot repair what was trained with them. Use larger batches, or another "
+        "normaliser (`GroupNormalization`, `LayerNormalization`)."
+    )
+
+
+def _rescaled(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    factor = measured.factor or 1.0
+    times = f"{factor:.3g}" if factor >= 1 else f"1/{1 / factor:.3g}"
+    return (
+        f"The data given differ from those of training by a factor of {times} in every "
+        "channel: preprocessing is missing, or done twice. Give the data as training "
+        "got them. Do not recalibrate: the model would then be wrong for its own data."
+    )
+
+
+def _stale(seen: Evidence, measured: Measured, momentum: float | None) -> str:
+    what = "are not those of these weights and data"
+    if (seen.moving.variance < 0).any():
+        what = "have a negative variance, which no average of batches has"
+    return (
+        f"The stored statistics {what}, and nothing shows how that came. Weights "
+        "restored or copied without their statistics, a faulty conversion, other "
+        "data, or calls with `training=True` outside `fit` can do it. Recalibrate "
+        "(`recalibrate(model, x)`)."
+    )
+
+
+def _scatter(seen: Evidence, measured: Measured) -> str:
+    design = measured.figures.design_effect
+    if design is None or seen.batch_size is None or design < 2:
+        # Where another layer proved it, this one's figure would belie the finding.
+        return ""
+    return (
+        f": their means vary {design:.0f} times as much as those of shuffled batches "
+        f"of {seen.batch_size:.0f}"
+    )
+
+
+_ADVICE = {
+    WARMING_UP: _warming_up,
+    DRIFTING: _drifting,
+    NOISY: _noisy,
+    CORRELATED_BATCHES: _correlated,
+    TINY_BATCH: _tiny_batch,
+    RESCALED_INPUTS: _rescaled,
+    STALE: _stale,
+}
 
 _PLAIN_ADVICE = {
     INFERENCE_MODE: (
@@ -125,10 +208,16 @@ _PLAIN_ADVICE = {
         "model overrides `training=False`. Set `layer.trainable = False`, then "
         "`compile`."
     ),
+    OUTLIERS: (
+        "Rare extreme examples dominate the variance, which differs wildly from "
+        "batch to batch (a column that is hardly ever other than 0 does the same). "
+        "Clean, clip or regroup the data; recalibrate only then."
+    ),
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "
         "and one average is right for none of them. Use a layer for each, or "
-        "concatenate the inputs into one batch; recalibration helps in part."
+        "concatenate the inputs into one batch. Recalibrating helps in part, or harms: "
+        "let it measure (`recalibrate(model, x, validation_data=...)`)."
     ),
     WEIGHTS_REPLACED: (
         "The weights were replaced after the statistics were collected (averaged or "

@@ -1,8 +1,13 @@
-"""From what was seen of one layer to the cause of its lag."""
+"""From what was seen of one layer to the cause of its lag.
+
+The losses, where they are known, decide from which family a cause may come (`FAMILIES`
+in `losses.py`); the rules below name one that is seen at work; where the statistics are
+stale and nothing shows how that came, the cause is `stale`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,23 +24,28 @@ from bn_callbacks.statistics.causes import (
     NOT_UPDATING,
     OUTLIERS,
     REPLICAS_DIFFER,
+    RESCALED_INPUTS,
+    STALE,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
     WEIGHTS_REPLACED,
 )
-from bn_callbacks.statistics.evidence import FORGOTTEN, Evidence, Figures, measure
+from bn_callbacks.statistics.evidence import (
+    Evidence,
+    Figures,
+    Measured,
+    measure,
+    scatter_of_means,
+)
 from bn_callbacks.statistics.lag import lag
+from bn_callbacks.statistics.losses import CAUSES_OF, Family
 
-STATISTICAL = (WARMING_UP, NOISY, DRIFTING)
-"""Three ways in which the average of good batches is wrong."""
+STATISTICAL = (WARMING_UP, NOISY, DRIFTING, STALE)
+"""Ways in which the average of good batches is wrong."""
 
 DATA_CAUSES = (TINY_BATCH, OUTLIERS, CORRELATED_BATCHES)
 """Causes that lie in the batches, and so reach every layer."""
-
-GAP_LIMIT = 1.4
-"""Loss gap that proves a problem. Of 46 measured cases healthy ones reached 1.29, and
-27 of 32 true problems exceeded 1.5 (CAUSES); this is the middle."""
 
 PROVEN = 0.25
 """Share of the threshold that a mechanism must reach to explain a proven gap."""
@@ -48,6 +58,11 @@ VARIATION_LIMIT = 3.0
 """Variation of batch variances that outliers cause: 7 with outliers, at most 1.4
 elsewhere (CAUSES); this is the geometric middle."""
 
+DOMINANCE_LIMIT = 20.0
+"""Largest batch variance over a usual one that outliers cause: recordings whose
+gains differ by a factor of 10 show 3 (`one_patient_a_batch` in tests/causes), a column
+that is hardly ever other than 0 shows 30, wild values hundreds."""
+
 TINY = 2
 """Examples a batch up to which batch statistics are useless; nobody means them."""
 
@@ -58,16 +73,8 @@ class Diagnosis:
 
     cause: str
     advice: str = ""
-    lag: float | None = None
-    mean_shift: float | None = None
-    scale_ratio: float | None = None
-    noise: float | None = None
-    start_weight: float | None = None
     suggested_momentum: float | None = None
-    design_effect: float | None = None
-    batch_noise: float | None = None
-    batch_variation: float | None = None
-    disagreement: float | None = None
+    figures: Figures = field(default_factory=Figures)
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
@@ -96,38 +103,19 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         ...         start=start,
         ...     )
         ... )
-        >>> diagnosis.cause, round(diagnosis.lag, 3)
+        >>> diagnosis.cause, round(diagnosis.figures.lag, 3)
         ('warming_up', 0.605)
     """
-    figures = measure(evidence)
-    return _verdict(evidence, figures, _own_cause(evidence, figures))
-
-
-def _verdict(evidence: Evidence, figures: Figures, cause: str) -> Diagnosis:
-    momentum = suggested_momentum(evidence, figures, cause)
-    stream = figures.stream
-    return Diagnosis(
-        cause=cause,
-        advice=advise(evidence, figures, cause, momentum),
-        lag=figures.lag,
-        mean_shift=figures.mean_shift,
-        scale_ratio=figures.scale_ratio,
-        noise=figures.noise_part,
-        start_weight=figures.start_weight,
-        suggested_momentum=momentum,
-        design_effect=figures.design_effect,
-        batch_noise=None if stream is None else math.sqrt(stream.noise),
-        batch_variation=None if stream is None else stream.variation,
-        disagreement=figures.disagreement,
-    )
+    (diagnosis,) = diagnose_model([evidence])
+    return diagnosis
 
 
 def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     """Diagnoses all layers of a model, each in the light of the others.
 
     Bad batches reach every layer, where they look like noise or drift: such findings
-    take the cause that another layer proves. And a loss gap that no layer explains
-    means that the weights are not those the statistics were collected with.
+    take the cause that another layer proves. And where the losses prove that the
+    statistics are stale, though no layer shows how that came, they are called so.
 
     Args:
         evidence: What was seen of each layer.
@@ -135,30 +123,42 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     Returns:
         A verdict for each.
     """
-    figures = [measure(seen) for seen in evidence]
-    causes = list(map(_own_cause, evidence, figures))
+    measured = [measure(seen) for seen in evidence]
+    causes = list(map(_own_cause, evidence, measured))
     of_data = [cause for cause in causes if cause in DATA_CAUSES]
     if of_data:
-        consequences = (NOISY, DRIFTING)
-        causes = [of_data[0] if cause in consequences else cause for cause in causes]
-    causes = _main_causes(evidence, figures, causes)
-    is_proven = any(_is_proven(seen) for seen in evidence)
-    if is_proven and all(cause == HEALTHY for cause in causes):
         causes = [
-            WEIGHTS_REPLACED if seen.trainable and not seen.is_still else HEALTHY
-            for seen in evidence
+            _beside(of_data[0], seen, one, cause)
+            for seen, one, cause in zip(evidence, measured, causes, strict=True)
         ]
-    return list(map(_verdict, evidence, figures, causes))
+    causes = _main_causes(evidence, measured, causes)
+    if all(cause == HEALTHY for cause in causes):
+        causes = _unexplained(evidence, measured)
+    return list(map(_verdict, evidence, measured, causes))
+
+
+def _verdict(evidence: Evidence, measured: Measured, cause: str) -> Diagnosis:
+    momentum = suggested_momentum(evidence, measured, cause)
+    advice = advise(evidence, measured, cause, momentum)
+    return Diagnosis(cause, advice, momentum, measured.figures)
+
+
+def _beside(of_data: str, seen: Evidence, measured: Measured, cause: str) -> str:
+    """What a layer's own cause is, if bad batches are the cause elsewhere."""
+    if cause in (NOISY, DRIFTING, STALE):
+        return of_data
+    is_minor = cause == WARMING_UP and measured.start_part <= seen.threshold
+    return HEALTHY if is_minor else cause
 
 
 def _main_causes(
-    evidence: Sequence[Evidence], figures: Sequence[Figures], causes: Sequence[str]
+    evidence: Sequence[Evidence], measured: Sequence[Measured], causes: Sequence[str]
 ) -> list[str]:
     """Drops what was named only since a gap is proven, if something larger explains it.
 
     Of errors below the threshold only those of the same kind as the largest remain.
     """
-    sizes = list(map(_part, figures, causes))
+    sizes = list(map(_part, measured, causes))
     largest = max(sizes, default=0.0)
     main = causes[sizes.index(largest)] if sizes else HEALTHY
     kept = []
@@ -169,28 +169,54 @@ def _main_causes(
     return kept
 
 
-def _part(figures: Figures, cause: str) -> float:
+def _unexplained(
+    evidence: Sequence[Evidence], measured: Sequence[Measured]
+) -> list[str]:
+    """What the losses alone prove, where no layer shows its cause.
+
+    Stale statistics are stale: of the layers that training updates, those that are
+    farthest from what they should be. Where fixed statistics cannot do what those of
+    batches do, batches of more than a few examples are no random sample.
+    """
+    sizes = [
+        max(one.figures.residual or 0.0, one.figures.lag or 0.0)
+        if seen.trainable and seen.is_called
+        else -1.0
+        for seen, one in zip(evidence, measured, strict=True)
+    ]
+    farthest = max(sizes, default=-1.0)
+    causes = []
+    for seen, size in zip(evidence, sizes, strict=True):
+        is_meant = size >= max(farthest / 2, 0.0)
+        named = {Family.STALE: STALE, Family.BATCHES: CORRELATED_BATCHES}
+        causes.append(named.get(seen.family, HEALTHY) if is_meant else HEALTHY)
+    return causes
+
+
+def _part(measured: Measured, cause: str) -> float:
     """Size of the error that a statistical cause accounts for."""
     return {
-        WARMING_UP: figures.start_part,
-        NOISY: figures.noise_part or 0.0,
-        DRIFTING: figures.drift_part,
+        WARMING_UP: measured.start_part,
+        NOISY: measured.noise_part,
+        DRIFTING: measured.drift_part,
+        STALE: measured.rest_part,
     }.get(cause, 0.0)
 
 
-def _own_cause(seen: Evidence, figures: Figures) -> str:
-    return next(cause for cause, applies in RULES if applies(seen, figures))
+Rule = Callable[[Evidence, Measured], bool]
 
 
-Rule = Callable[[Evidence, Figures], bool]
+def _own_cause(seen: Evidence, measured: Measured) -> str:
+    allowed = CAUSES_OF[seen.family]
+    return next(
+        cause
+        for cause, applies in RULES
+        if (cause == HEALTHY or cause in allowed) and applies(seen, measured)
+    )
 
 
 def _is_proven(seen: Evidence) -> bool:
-    return seen.loss_gap is not None and seen.loss_gap >= GAP_LIMIT
-
-
-def _is_refuted(seen: Evidence) -> bool:
-    return seen.loss_gap is not None and seen.loss_gap < GAP_LIMIT
+    return seen.family in (Family.STALE, Family.BATCHES)
 
 
 def _least(seen: Evidence) -> float:
@@ -198,40 +224,50 @@ def _least(seen: Evidence) -> float:
     return seen.threshold * (PROVEN if _is_proven(seen) else 1.0)
 
 
-def _non_finite(seen: Evidence, figures: Figures) -> bool:
+def _uncalled(seen: Evidence, measured: Measured) -> bool:
+    return not seen.is_called
+
+
+def _non_finite(seen: Evidence, measured: Measured) -> bool:
     return not all(np.isfinite(part).all() for part in seen.moving)
 
 
-def _unexpected_update(seen: Evidence, figures: Figures) -> bool:
+def _unexpected_update(seen: Evidence, measured: Measured) -> bool:
     if (seen.trainable and not seen.is_pinned) or seen.is_still or not seen.updates:
         return False
-    if _is_refuted(seen) or seen.start is None:
+    if seen.start is None:
         return False
     # It moved, but only a move that matters is worth a word.
     return lag(seen.moving, seen.start, seen.epsilon) > _least(seen)
 
 
-def _frozen(seen: Evidence, figures: Figures) -> bool:
+def _frozen(seen: Evidence, measured: Measured) -> bool:
     return not seen.trainable
 
 
-def _not_updating(seen: Evidence, figures: Figures) -> bool:
+def _impossible(seen: Evidence, measured: Measured) -> bool:
+    # No batch has a negative variance, so no average of batches has one.
+    return bool((seen.moving.variance < -seen.epsilon * 1e-3).any())
+
+
+def _not_updating(seen: Evidence, measured: Measured) -> bool:
     if not seen.is_still:
         return False
-    return _is_proven(seen) or (seen.momentum == 1 and seen.is_initial)
+    uses_batches = _is_proven(seen) or (seen.is_initial and seen.trains)
+    return uses_batches or (seen.momentum == 1 and seen.is_initial)
 
 
-def _inference_mode(seen: Evidence, figures: Figures) -> bool:
-    return seen.is_still and seen.is_initial
+def _inference_mode(seen: Evidence, measured: Measured) -> bool:
+    return seen.is_still and seen.is_initial and not seen.trains
 
 
-def _pinned_on_purpose(seen: Evidence, figures: Figures) -> bool:
+def _pinned_on_purpose(seen: Evidence, measured: Measured) -> bool:
     # To statistics from elsewhere, as in transfer learning.
     return seen.is_still
 
 
-def _tiny_batch(seen: Evidence, figures: Figures) -> bool:
-    stream = figures.stream
+def _tiny_batch(seen: Evidence, measured: Measured) -> bool:
+    stream = measured.stream
     if stream is None or seen.windows is None:
         return False
     if seen.batch_size is not None and seen.batch_size <= TINY:
@@ -240,80 +276,114 @@ def _tiny_batch(seen: Evidence, figures: Figures) -> bool:
     return bool(np.max(seen.windows.variance) <= seen.epsilon * 1e-3)
 
 
-def _no_gap(seen: Evidence, figures: Figures) -> bool:
-    return _is_refuted(seen)
+def _rescaled(seen: Evidence, measured: Measured) -> bool:
+    return measured.factor is not None and measured.start_part < _least(seen)
 
 
-def _low_precision(seen: Evidence, figures: Figures) -> bool:
-    return figures.stall_part > _least(seen)
+def _no_gap(seen: Evidence, measured: Measured) -> bool:
+    return seen.family in (Family.INNOCENT, Family.ADAPTED)
 
 
-def _outliers(seen: Evidence, figures: Figures) -> bool:
-    return figures.stream is not None and figures.stream.variation > VARIATION_LIMIT
+def _low_precision(seen: Evidence, measured: Measured) -> bool:
+    return measured.stall_part > _least(seen)
 
 
-def _correlated(seen: Evidence, figures: Figures) -> bool:
-    if figures.stream is None or figures.design_effect is None:
-        return False
-    scatter = math.sqrt(max(figures.stream.mean_noise, seen.recurrence or 0.0))
-    is_large = scatter > max(_least(seen), figures.start_part / 2)
-    return figures.design_effect > DESIGN_LIMIT and is_large
+def _outliers(seen: Evidence, measured: Measured) -> bool:
+    if measured.dominance > DOMINANCE_LIMIT:
+        return True
+    return (measured.figures.batch_variation or 0.0) > VARIATION_LIMIT
 
 
-def _replicas_differ(seen: Evidence, figures: Figures) -> bool:
-    return (figures.disagreement or 0.0) > max(_least(seen), figures.own_noise)
+def _correlated(seen: Evidence, measured: Measured) -> bool:
+    if seen.is_grouped:
+        return True
+    scatter = scatter_of_means(seen, measured.stream)
+    is_large = scatter > max(_least(seen), measured.start_part / 2)
+    return (measured.figures.design_effect or 0.0) > DESIGN_LIMIT and is_large
 
 
-def _replaced(seen: Evidence, figures: Figures) -> bool:
+def _replicas_differ(seen: Evidence, measured: Measured) -> bool:
+    apart = measured.figures.disagreement or 0.0
+    return apart > max(_least(seen), measured.own_noise)
+
+
+def _replaced(seen: Evidence, measured: Measured) -> bool:
     return seen.are_weights_replaced
 
 
-def _mixed_calls(seen: Evidence, figures: Figures) -> bool:
-    # The moving statistics are right for no call, however well they follow.
-    follows = max(figures.start_part, figures.drift_part) < seen.threshold
-    return seen.has_mixed_calls and _is_proven(seen) and follows
+def _mixed_calls(seen: Evidence, measured: Measured) -> bool:
+    if not seen.has_mixed_calls:
+        return False
+    if seen.family is not Family.STALE:
+        return seen.family is Family.BATCHES
+    # The averages follow the calls of training, and inference makes others.
+    error = max(measured.start_part, measured.rest_part)
+    residual = measured.figures.residual or 0.0
+    return error < _least(seen) < residual
 
 
 def _dominant(cause: str) -> Rule:
-    """The largest of three errors, if it is large enough to be named."""
+    """The largest of the errors whose cause is seen, if it is large enough."""
 
-    def applies(seen: Evidence, figures: Figures) -> bool:
-        is_young = (figures.start_weight or 0.0) > FORGOTTEN
-        causes = STATISTICAL if is_young else (NOISY, DRIFTING)
-        parts = {each: _part(figures, each) for each in causes}
-        return parts.get(cause, -1.0) == max(parts.values()) > _least(seen)
+    def applies(seen: Evidence, measured: Measured) -> bool:
+        if _is_consistent(seen, measured):
+            return False
+        parts = {each: _part(measured, each) for each in (WARMING_UP, NOISY, DRIFTING)}
+        return (
+            parts[cause]
+            == max(parts.values())
+            > max(_least(seen), measured.rest_part / SEEN)
+        )
 
     return applies
 
 
-def _always(seen: Evidence, figures: Figures) -> bool:
+SEEN = 4.0
+"""How many times a seen error a distance may be for that error to explain it."""
+
+
+def _rest(seen: Evidence, measured: Measured) -> bool:
+    return measured.rest_part > _least(seen) and not _is_consistent(seen, measured)
+
+
+def _is_consistent(seen: Evidence, measured: Measured) -> bool:
+    """Whether inference brings the layer what it stores: nothing is stale then."""
+    residual = measured.figures.residual
+    return residual is not None and residual <= _least(seen)
+
+
+def _always(seen: Evidence, measured: Measured) -> bool:
     return True
 
 
 RULES: tuple[tuple[str, Rule], ...] = (
+    (HEALTHY, _uncalled),
     (NON_FINITE, _non_finite),
     (UNEXPECTED_UPDATE, _unexpected_update),
     (HEALTHY, _frozen),
+    (STALE, _impossible),
     (NOT_UPDATING, _not_updating),
     (INFERENCE_MODE, _inference_mode),
     (HEALTHY, _pinned_on_purpose),
     (TINY_BATCH, _tiny_batch),
     (HEALTHY, _no_gap),
+    (RESCALED_INPUTS, _rescaled),
     (LOW_PRECISION, _low_precision),
+    (REPLICAS_DIFFER, _replicas_differ),
     (OUTLIERS, _outliers),
     (CORRELATED_BATCHES, _correlated),
-    (REPLICAS_DIFFER, _replicas_differ),
     (WEIGHTS_REPLACED, _replaced),
     (MIXED_CALLS, _mixed_calls),
     (WARMING_UP, _dominant(WARMING_UP)),
     (NOISY, _dominant(NOISY)),
     (DRIFTING, _dominant(DRIFTING)),
+    (STALE, _rest),
     (HEALTHY, _always),
 )
-"""The first rule that applies decides.
+"""Of the causes that the family allows, the first whose rule applies.
 
-Facts come first (not finite, frozen, never moved), then the loss gap, where it is
-known: it clears a model of everything that is a matter of degree. Then what makes
-batches themselves unfit, since no average of them can be right; last the three ways
-in which an average of good batches is wrong, the largest of them.
+Facts come first (never called, not finite, frozen, never moved), then what makes
+batches themselves unfit, since no average of them can be right; last the ways in which
+an average of good batches is wrong, the largest of them. Innocent BN has no cause but a
+fact.
 """

@@ -17,6 +17,15 @@ import numbers
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+FORGOTTEN = 0.05
+"""Weight of the start below which it no longer explains a lag."""
+
+SHORT_RUN = 20
+"""Steps up to which a tenth of a run is no memory worth having."""
+
+LEAST_MOMENTUM = 0.5
+"""The least that is ever suggested: below, the average is all noise."""
+
 
 def start_weight(momentum: float, updates: int) -> float:
     """Weight `m^N` that the start value still has after N updates.
@@ -210,14 +219,16 @@ def updates_to_forget(momentum: float, weight: float) -> int | None:
 def suggest_momentum(steps: int) -> float:
     """Rule of thumb for the momentum of a training run of so many steps.
 
-    `1 − 10/steps`, from 0 to 0.999: the average remembers about a tenth of the run,
-    and the values it started from are forgotten (`m^steps` is below 0.0001).
+    `1 − 10/steps`, at most 0.999: the average remembers about a tenth of the run, and
+    the values it started from are forgotten. In a very short run (up to 20 steps) that
+    would be a memory of a batch or two, all noise: there it is the value that leaves
+    5 % of the start at the end, `0.05^(1/steps)`, and at least 0.5.
 
     Args:
         steps: Number of training steps in the whole run: steps an epoch × epochs.
 
     Returns:
-        The momentum, in Keras' sense.
+        The momentum, in Keras' sense, from 0.5 to 0.999; it never falls with `steps`.
 
     Raises:
         ValueError: If `steps` is less than 1.
@@ -225,6 +236,8 @@ def suggest_momentum(steps: int) -> float:
     Examples:
         >>> [suggest_momentum(steps) for steps in (100, 1_000, 10_000)]
         [0.9, 0.99, 0.999]
+        >>> round(suggest_momentum(6), 2)
+        0.61
     """
     is_number = isinstance(steps, numbers.Real) and not isinstance(steps, bool)
     if not (is_number and steps >= 1):
@@ -233,8 +246,10 @@ def suggest_momentum(steps: int) -> float:
             f"Received: steps={repr(steps)[:80]}. "
             "Pass the steps of the whole run: steps an epoch times epochs."
         )
-    # Beyond this even a number too large for a float gives the same.
-    return min(max(1.0 - 10.0 / min(steps, 10_000), 0.0), 0.999)
+    # Beyond these even a number too large for a float gives the same.
+    short, long = min(steps, SHORT_RUN), min(steps, 10_000)
+    forgets = float(FORGOTTEN ** (1.0 / short))
+    return min(max(LEAST_MOMENTUM, forgets, 1.0 - 10.0 / long), 0.999)
 
 
 def _without(value: ArrayLike, start: ArrayLike, odds: float) -> NDArray[np.float64]:

@@ -66,6 +66,7 @@ _SUMMARIES = {
     "max_lag": "Largest lag of all layers, in standard deviations",
     "layers_lagging": "Number of layers that are not healthy",
     "loss_gap": "Loss in inference mode over loss with batch statistics: 1 is right",
+    "loss_recalibrated": "Loss in inference mode that recalibrating could reach",
     "residual": "Largest lag that the last recalibration has left",
 }
 
@@ -304,6 +305,7 @@ def _scalars(
     yield from _summary("max_lag", report.max_lag)
     yield from _summary("layers_lagging", len(report.lagging))
     yield from _summary("loss_gap", report.loss_gap)
+    yield from _summary("loss_recalibrated", report.loss_recalibrated)
     for layer in charted:
         for name, description in _FIGURES.items():
             value = getattr(layer, name)

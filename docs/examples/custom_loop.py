@@ -3,12 +3,10 @@
     python -m pip install ".[demo]"      # from a clone
     python docs/examples/custom_loop.py
 
-`keras.callbacks.CallbackList` calls the callbacks as `fit` would. The calls that the
-monitor needs: the beginning and end of training and of each epoch, and the beginning of
-each step. `audit` and `recalibrate` need a model, and no loop at all.
+`BatchNormWatch` does what `BatchNormMonitor` does in `fit`. It has to be told when an
+epoch begins and ends, and when a step begins. `audit` and `recalibrate` need a model,
+and no loop at all.
 """
-
-import warnings
 
 import keras
 import tensorflow as tf
@@ -34,7 +32,7 @@ for _ in range(2):
     model.add(keras.layers.BatchNormalization())
     model.add(keras.layers.ReLU())
 model.add(keras.layers.Dense(10))
-# For the monitor, which counts the optimizer's steps, and for a loss in `audit`.
+# For the watch, which counts the optimizer's steps, and for a loss in `audit`.
 model.compile(
     keras.optimizers.Adam(0.01),
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -56,28 +54,20 @@ def validation_loss():
     return float(model.compute_loss(x_val, y_val, model(x_val, training=False)))
 
 
-monitor = bn.BatchNormMonitor()
-callbacks = keras.callbacks.CallbackList(
-    [monitor], model=model, epochs=EPOCHS, steps=steps, verbose=0
-)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", bn.BatchNormWarning)
-    callbacks.on_train_begin()
-    for epoch in range(EPOCHS):
-        callbacks.on_epoch_begin(epoch)
-        for step, batch in enumerate(data):
-            callbacks.on_train_batch_begin(step)
-            loss = train_step(*batch)
-            callbacks.on_train_batch_end(step)
-        logs = {"loss": float(loss), "val_loss": validation_loss()}
-        # The validation loss as it would be with the right statistics.
-        with bn.recalibrated(model, x_train, verbose=0):
-            logs["val_loss_recalibrated"] = validation_loss()
-        print(" ".join(f"{name} {value:.4f}" for name, value in logs.items()))
-        callbacks.on_epoch_end(epoch, logs)
-    callbacks.on_train_end(logs)
-for warning in caught:
-    print(f"\n{warning.message}")
+watch = bn.BatchNormWatch(model, steps=steps, epochs=EPOCHS, probe=data)
+for epoch in range(EPOCHS):
+    watch.begin_epoch(epoch)
+    for batch in data:
+        watch.begin_step()
+        loss = train_step(*batch)
+    watch.end_epoch()
+    logs = {"loss": float(loss), "val_loss": validation_loss()}
+    # The validation loss as it would be with the right statistics.
+    with bn.recalibrated(model, x_train, verbose=0):
+        logs["val_loss_recalibrated"] = validation_loss()
+    print(" ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+    for message in watch.messages():
+        print(f"\n{message}\n")
 
 print("\nBefore the export:")
 print(bn.recalibrate(model, x_train, verbose=0))

@@ -62,7 +62,7 @@ def check_monitor(net: Net) -> None:
     seen = train(net, monitor)
     if monitor.report is None or not monitor.report.layers:
         pytest.fail("the monitor has found no layer")
-    windows = monitor._windows
+    windows = monitor._watch._windows
     assert windows is not None
     for index, bn in enumerate(windows.layers):
         layer = bn.layer

@@ -33,13 +33,13 @@ QUIET = "(silent)"
 BROKEN = "(error)"
 
 
-def guarded(case: Case, has_probe: bool) -> Outcome | None:
-    """The outcome, or None where it ended in an error, which is printed."""
+def guarded(case: Case, modes: list[bool]) -> Sequence[Outcome | None]:
+    """The outcomes, or None where it ended in an error, which is printed."""
     try:
-        return kit.run(case, has_probe)
+        return kit.watched(case, modes)
     except Exception as error:
         print(f"{case.name}: {type(error).__name__}: {error}", file=sys.stderr)
-        return None
+        return [None] * len(modes)
 
 
 def number(value: float | None) -> str:
@@ -194,7 +194,7 @@ def main() -> None:
     modes = [True] * (not args.no_probe) + [False] * (not args.with_probe)
     results: dict[bool, list[tuple[Case, Outcome | None]]] = {m: [] for m in modes}
     for case in chosen:
-        outcomes = [guarded(case, mode) for mode in modes]
+        outcomes = guarded(case, modes)
         for mode, outcome in zip(modes, outcomes, strict=True):
             results[mode].append((case, outcome))
         print_rows(case, outcomes)

@@ -22,7 +22,7 @@ from page import Section, table
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find
 from bn_callbacks.report import layer_reports
-from bn_callbacks.windows import KEPT_WINDOWS, Windows
+from bn_callbacks.watching.windows import KEPT_WINDOWS, Windows
 
 SIZES = ((1, 64), (50, 64), (100, 64), (200, 64), (50, 512), (50, 2048), (200, 512))
 FACTORS = (1, 2, 4, 8)

@@ -3,6 +3,7 @@
 import averages
 import batches
 import modes
+import replays
 import replicas
 import silent
 from kit import Case
@@ -11,6 +12,7 @@ CASES: list[Case] = [
     *averages.cases,
     *batches.cases,
     *modes.cases,
+    *replays.cases,
     *replicas.cases,
     *silent.cases,
 ]

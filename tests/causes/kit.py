@@ -100,10 +100,10 @@ class Cases:
 
 
 def fitter(model: keras.Model, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """`model.fit` with everything given but the callbacks."""
+    """`model.fit` with everything given but the callbacks, and what changes."""
 
-    def fit(callbacks: Callbacks) -> Any:
-        return model.fit(*args, callbacks=callbacks, verbose=0, **kwargs)
+    def fit(callbacks: Callbacks, **changes: Any) -> Any:
+        return model.fit(*args, callbacks=callbacks, verbose=0, **(kwargs | changes))
 
     return fit
 
@@ -220,25 +220,54 @@ def build(case: Case) -> Run:
 
 def run(case: Case, has_probe: bool) -> Outcome:
     """Trains a case under the monitor."""
+    return watched(case, [has_probe])[0]
+
+
+def run_both(case: Case) -> tuple[Outcome, Outcome]:
+    """Trains a case once, under two monitors: with a probe, and without."""
+    with_probe, without = watched(case, [True, False])
+    return with_probe, without
+
+
+class Listening(BatchNormMonitor):
+    """A monitor that keeps its warnings to itself."""
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self.messages: list[str] = getattr(self, "messages", [])
+
+    def _tell(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            super()._tell(*args, **kwargs)
+        self.messages += [
+            str(one.message)
+            for one in caught
+            if issubclass(one.category, BatchNormLagWarning)
+        ]
+
+
+def watched(case: Case, probes: list[bool]) -> list[Outcome]:
+    """Trains a case under a monitor for each entry, with a probe or without."""
     start = time.perf_counter()
     made = build(case)
-    monitor = BatchNormMonitor(probe=made.probe if has_probe else None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        made.fit([monitor])
-    messages = [
-        str(one.message)
-        for one in caught
-        if issubclass(one.category, BatchNormLagWarning)
-    ]
-    causes = [
-        match[1] for text in messages if (match := re.search(r"cause: (\w+)", text))
-    ]
+    monitors = [Listening(probe=made.probe if probe else None) for probe in probes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.fit(list(monitors))
+    seconds = (time.perf_counter() - start) / len(monitors)
+    return [outcome(monitor, seconds) for monitor in monitors]
+
+
+def outcome(monitor: Listening, seconds: float) -> Outcome:
+    """What a monitor has said in a training."""
+    found = [re.search(r"cause: (\w+)", text) for text in monitor.messages]
+    causes = [match[1] for match in found if match]
     report = monitor.report
     return Outcome(
         tuple(dict.fromkeys(causes)),
         report.loss_gap if report else None,
         report.max_lag if report else None,
-        time.perf_counter() - start,
-        tuple(messages),
+        seconds,
+        tuple(monitor.messages),
     )

@@ -8,7 +8,7 @@ import truth
 from cases import CASES
 from kit import Case, Outcome
 
-# A quarter of an hour altogether; `-m benchmark` runs them.
+# Ten minutes altogether; `-m benchmark` runs them, and `.ci/run` does.
 pytestmark = pytest.mark.benchmark
 
 SCORED = [case for case in CASES if case.scored]
@@ -20,16 +20,25 @@ def name(case: Case) -> str:
 
 Outcomes = list[tuple[Case, Outcome]]
 PARTS = pytest.mark.parametrize("held_back", [False, True], ids=["tuned", "held back"])
+CAUSES = sorted({case.expected for case in SCORED if case.expected})
+
+UNSEEN = {"mixed_calls"}
+"""Causes that only a probe can show: an average does not tell its calls apart."""
 
 
 @pytest.fixture(scope="module")
-def with_probe() -> Outcomes:
-    return [(case, kit.run(case, has_probe=True)) for case in SCORED]
+def both() -> list[tuple[Case, Outcome, Outcome]]:
+    return [(case, *kit.run_both(case)) for case in SCORED]
 
 
 @pytest.fixture(scope="module")
-def without_probe() -> Outcomes:
-    return [(case, kit.run(case, has_probe=False)) for case in SCORED]
+def with_probe(both: Any) -> Outcomes:
+    return [(case, outcome) for case, outcome, _ in both]
+
+
+@pytest.fixture(scope="module")
+def without_probe(both: Any) -> Outcomes:
+    return [(case, outcome) for case, _, outcome in both]
 
 
 def wrong(outcomes: Outcomes, held_back: bool) -> tuple[dict[str, Any], int]:
@@ -39,6 +48,15 @@ def wrong(outcomes: Outcomes, held_back: bool) -> tuple[dict[str, Any], int]:
     ]
     missed = {case.name: out.causes for case, out in part if not out.is_right(case)}
     return missed, len(part)
+
+
+def of_cause(outcomes: Outcomes, cause: str) -> dict[str, bool]:
+    """Which cases of a cause are recognised."""
+    return {
+        case.name: out.is_right(case)
+        for case, out in outcomes
+        if case.expected == cause
+    }
 
 
 def alarms(outcomes: Outcomes) -> dict[str, Any]:
@@ -55,11 +73,7 @@ def test_nearly_all_causes_are_named_with_a_probe(
     held_back: bool, with_probe: Outcomes
 ) -> None:
     missed, count = wrong(with_probe, held_back)
-    assert len(missed) <= 0.15 * count, missed
-
-
-def test_there_is_no_alarm_with_a_probe(with_probe: Outcomes) -> None:
-    assert not alarms(with_probe)
+    assert len(missed) <= 0.05 * count, missed
 
 
 @PARTS
@@ -67,11 +81,23 @@ def test_most_causes_are_named_without_a_probe(
     held_back: bool, without_probe: Outcomes
 ) -> None:
     missed, count = wrong(without_probe, held_back)
-    assert len(missed) <= 0.3 * count, missed
+    assert len(missed) <= 0.15 * count, missed
 
 
-def test_there_is_one_alarm_at_most_without_a_probe(without_probe: Outcomes) -> None:
-    assert len(alarms(without_probe)) <= 1, alarms(without_probe)
+@pytest.mark.parametrize("cause", CAUSES)
+def test_no_cause_is_forgotten(
+    cause: str, with_probe: Outcomes, without_probe: Outcomes
+) -> None:
+    seen = of_cause(with_probe, cause)
+    assert sum(seen.values()) >= 0.75 * len(seen), seen
+    if cause not in UNSEEN:
+        seen = of_cause(without_probe, cause)
+        assert sum(seen.values()) >= 0.75 * len(seen), seen
+
+
+def test_there_is_no_alarm(with_probe: Outcomes, without_probe: Outcomes) -> None:
+    assert not alarms(with_probe)
+    assert not alarms(without_probe)
 
 
 def test_every_cause_has_cases_in_both_parts() -> None:

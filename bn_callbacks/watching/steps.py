@@ -45,16 +45,19 @@ class StepCounter:
         self._first_reading: NDArray[np.float64] | None = None
         self._last_reading: tuple[int, NDArray[np.float64]] | None = None
 
-    def begin_batch(self, batch: int) -> int:
+    def begin_batch(self, batch: int | None = None) -> int:
         """Notes that an execution begins.
 
         Args:
             batch: What Keras calls it. Not every epoch begins with 0: Keras 3.0 and
-                hand-written loops may count in other ways.
+                hand-written loops may count in other ways. By default the one after
+                the last.
 
         Returns:
             The number of steps made in the epoch before.
         """
+        if batch is None:
+            batch = 0 if self._first is None else self._first + self._done + 1
         if self._first is None:
             self._first = batch
         self._done = batch - self._first

@@ -6,9 +6,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_callbacks.layers import BatchNormLayer, Reader, assign, versions
+from bn_callbacks.layers import BatchNormLayer, CallWatch, assign, calls_of
+from bn_callbacks.statistics.evidence import is_negative
 from bn_callbacks.statistics.moments import Statistics, pool_replicas
 from bn_callbacks.statistics.moving_average import debias, start_weight
+from bn_callbacks.watching.readings import Flat, Readings
 
 
 class StartValues:
@@ -35,20 +37,22 @@ class StartValues:
         before: "StartValues | None" = None,
     ) -> None:
         self.layers = list(layers)
-        self._reader = Reader(model, layers)
-        self._now = self._start = self._reader()[1]
+        self._readings = Readings(model, layers)
+        self._start = self._readings.now
         # The weight of the start in each average; NaN where it cannot be known.
         self._weights = np.ones(len(layers))
-        self._versions = np.array(versions(layers), int)
+        self._watch = CallWatch(model, layers)
+        self._model = model
+        self._is_counted = False
         if is_late:
             initial = [part for bn in layers for part in _initial(bn)]
             start = np.concatenate([*initial, np.zeros(0)])
-            self._start = np.tile(start, (len(self._now), 1))
+            self._start = np.tile(start, (len(self._readings.now), 1))
         elif before is not None and before._is_of(layers):
-            goes_on = self._reader.all_per_layer(before._now == self._now)
+            goes_on = self._readings.is_same(before._readings.now, self._readings.now)
             self._weights = np.where(goes_on, before._weights, 1.0)
-            self._start = np.where(
-                self._reader.spread(goes_on), before._start, self._now
+            self._start = self._readings.choose(
+                goes_on, before._start, self._readings.now
             )
 
     def _is_of(self, layers: Sequence[BatchNormLayer]) -> bool:
@@ -59,61 +63,75 @@ class StartValues:
         """Whether all weights are known."""
         return not np.isnan(self._weights).any()
 
-    def read(self) -> tuple[int | None, NDArray[np.float64]]:
+    def read(self) -> tuple[int | None, Flat]:
         """The optimizer's step counter (None without one) and all averages."""
-        iterations, self._now = self._reader()
-        self._drop(np.array(versions(self.layers), int) != self._versions)
-        return iterations, self._now
-
-    def rebase(self) -> tuple[int | None, NDArray[np.float64]]:
-        """Reads, as `read`, where no training was since the last reading."""
-        before = self._now
-        reading = self.read()
-        is_same = (before == self._now) | (np.isnan(before) & np.isnan(self._now))
-        self._drop(~self._reader.all_per_layer(is_same))
+        reading = self._readings.read()
+        self._drop(self._readings.keep(reading[1]))
         return reading
+
+    def rebase(self) -> tuple[int | None, Flat]:
+        """Reads, as `read`, where no training was since the last reading."""
+        reading, is_written = self._readings.rebase()
+        self._drop(is_written)
+        return reading
+
+    def watch_calls(self) -> None:
+        """Training begins: watches how often its steps update each layer."""
+        if not (self._is_counted or self._watch.is_watching):
+            self._watch.begin()
 
     def _drop(self, is_foreign: NDArray[np.bool_]) -> None:
         self._weights[is_foreign] = 0.0
-        self._start = np.where(self._reader.spread(is_foreign), self._now, self._start)
-        self._versions = np.array(versions(self.layers), int)
+        self._start = self._readings.choose(is_foreign, self._readings.now, self._start)
 
     def advance(self, steps: int | None) -> None:
         """Lowers the weights by so many training steps; None if unknown."""
-        for index, bn in enumerate(self.layers):
+        if self._watch.is_watching:
+            self._watch.end(steps or 0)
+            self._is_counted = True
+        for index, (bn, calls) in enumerate(
+            zip(self.layers, calls_of(self._model, self.layers), strict=True)
+        ):
             if not bn.trainable or self._weights[index] == 0:
                 continue
-            self._weights[index] *= (
-                np.nan if steps is None else start_weight(bn.momentum, steps * bn.calls)
-            )
+            if steps is None or calls.updates is None:
+                self._weights[index] = np.nan
+            else:
+                self._weights[index] *= start_weight(bn.momentum, steps * calls.updates)
 
     def take_out(self) -> None:
         """Writes the debiased statistics into the layers.
 
         The averages go on from them, and of these the weight is what it was of the
         start values: so the next time gives the closed form over all batches again.
+        A variance below 0 proves that the updates were counted wrongly: that layer
+        is left as it is, for good.
         """
         self.rebase()
+        now = self._readings.now
         chosen, values = [], []
         is_chosen = np.zeros(len(self.layers), bool)
         for index, bn in enumerate(self.layers):
             weight = float(self._weights[index])
             if not (0 < weight < 1 and bn.trainable):
                 continue
-            now, start = (
-                self._reader.averages(flat, index) for flat in (self._now, self._start)
+            last, start = (
+                self._readings.averages(flat, index) for flat in (now, self._start)
             )
             mean, variance = pool_replicas(
-                [bn.statistics(each) for each in debias(now, start, weight)]
+                [bn.statistics(each) for each in debias(last, start, weight)]
             )
-            if np.isfinite(mean).all() and np.isfinite(variance).all():
+            made_of = [bn.statistics(each[0]).variance for each in (last, start)]
+            if is_negative(variance, *made_of) and bn.precision is None:
+                self._weights[index] = np.nan
+            elif np.isfinite(mean).all() and np.isfinite(variance).all():
                 chosen.append(bn)
+                # What is left below 0 is rounding.
                 values.append(Statistics(mean, np.maximum(variance, 0)))
                 is_chosen[index] = True
         assign(chosen, values, in_training=False)
-        self._now = self._reader()[1]
-        self._start = np.where(self._reader.spread(is_chosen), self._now, self._start)
-        self._versions = np.array(versions(self.layers), int)
+        self._readings.keep(self._readings.read()[1])
+        self._start = self._readings.choose(is_chosen, self._readings.now, self._start)
 
 
 def _initial(bn: BatchNormLayer) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

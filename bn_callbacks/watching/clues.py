@@ -6,14 +6,18 @@ import keras
 
 from bn_callbacks.layers import (
     BatchNormLayer,
+    Calls,
     is_stale,
     pinned_in_graph,
     replicas,
     takes_training,
     uses_ema,
 )
-from bn_callbacks.statistics.evidence import FORGOTTEN
-from bn_callbacks.statistics.moving_average import start_weight, suggest_momentum
+from bn_callbacks.statistics.moving_average import (
+    FORGOTTEN,
+    start_weight,
+    suggest_momentum,
+)
 
 
 def find_clues(
@@ -22,6 +26,7 @@ def find_clues(
     *,
     total_steps: int | None,
     is_recalibrated: bool,
+    calls: Sequence[Calls],
 ) -> tuple[str, ...]:
     """Facts that may lead to trouble. None is a finding before training confirms it.
 
@@ -30,18 +35,20 @@ def find_clues(
         layers: Its BN layers.
         total_steps: Training steps of the whole `fit`, None if unknown.
         is_recalibrated: Whether a callback recalibrates at the end.
+        calls: What a training step does with each layer, as far as it was seen.
 
     Returns:
         A sentence for each fact.
     """
     pinned = pinned_in_graph(model)
     updating = [bn for bn in layers if bn.trainable]
+    counts = {bn: each.updates for bn, each in zip(layers, calls, strict=True)}
     slow = [
         bn
         for bn in updating
         if total_steps
         and bn.momentum < 1
-        and start_weight(bn.momentum, total_steps * bn.calls) > FORGOTTEN
+        and start_weight(bn.momentum, total_steps * (counts[bn] or 1)) > FORGOTTEN
     ]
     facts = [
         (
@@ -70,8 +77,14 @@ def find_clues(
             "the model's `call` takes no `training`, so they run in inference mode",
         ),
         (
-            [bn for bn in updating if bn.calls > 1],
-            "called {0.calls} times a step; one average serves all calls",
+            [bn for bn in updating if (counts[bn] or 1) > 1],
+            "called {3} times a step; one average serves all calls",
+        ),
+        (
+            [bn for bn in updating if counts[bn] is None],
+            "how often a training step updates them could not be seen, so updates are "
+            "not counted, nothing is debiased, and a lag is not measured. Compile the "
+            "model anew before `fit`, so that its step is traced under the monitor",
         ),
         (
             updating if uses_ema(model) and not is_recalibrated else [],
@@ -86,7 +99,12 @@ def find_clues(
     suggested = suggest_momentum(total_steps) if total_steps else 0.0
     return tuple(
         f"{_who(found, len(layers))}: "
-        + text.format(found[0], total_steps, min(suggested, found[0].momentum))
+        + text.format(
+            found[0],
+            total_steps,
+            min(suggested, found[0].momentum),
+            counts[found[0]],
+        )
         for found, text in facts
         if found
     )

@@ -12,6 +12,8 @@ from bn_callbacks.statistics.causes import (
     NON_FINITE,
     NOT_UPDATING,
     OUTLIERS,
+    RESCALED_INPUTS,
+    STALE,
     TINY_BATCH,
     UNEXPECTED_UPDATE,
     WARMING_UP,
@@ -25,7 +27,7 @@ before it is called more than the turbulence at the start of any training."""
 WORSE = 2.0
 """How many times as large the lag must be for a finding to be repeated."""
 
-TURBULENT = frozenset({DRIFTING, NOISY})
+TURBULENT = frozenset({DRIFTING, NOISY, STALE})
 """Causes that the start of any training may show for a while."""
 
 UNCURABLE = frozenset(
@@ -34,6 +36,7 @@ UNCURABLE = frozenset(
         INFERENCE_MODE,
         MIXED_CALLS,
         OUTLIERS,
+        RESCALED_INPUTS,
         TINY_BATCH,
         UNEXPECTED_UPDATE,
     }
@@ -41,8 +44,21 @@ UNCURABLE = frozenset(
 """Causes that recalibration does not cure."""
 
 
+FACTS = frozenset({INFERENCE_MODE, NON_FINITE, NOT_UPDATING})
+"""Causes that need no statistics, and so no second look."""
+
+CLEAR = 2.0
+"""How many times the threshold a lag, and how many times the loss it should be that in
+inference mode, must be to be believed at the end of a training that was healthy at
+every look before."""
+
+
 class Findings:
     """Decides what to say in one `fit`: each finding once, and again if it worsens.
+
+    A finding at one epoch's end may be chance: it is said when the next end shows it
+    too, or when training ends. Where all looks before have found nothing, the last
+    one has to be clear.
 
     Args:
         threshold: Lag above which something is said.
@@ -52,6 +68,9 @@ class Findings:
         self._threshold = threshold
         self._said: dict[str, float] = {}
         self._since: dict[str, int] = {}
+        self._before: frozenset[str] = frozenset()
+        self._looks = 0
+        self._has_found = False
 
     def messages(
         self,
@@ -67,23 +86,41 @@ class Findings:
             is_corrected: Whether a callback corrects the statistics at the end, so
                 that only what it cannot cure deserves a word.
         """
+        is_last = steps_left == 0
+        is_lonely = is_last and self._looks > 1 and not self._has_found
+        found = report.lagging
         groups: dict[str, list[LayerReport]] = {}
-        for layer in report.lagging:
+        for layer in found:
             if is_corrected and layer.cause not in UNCURABLE:
                 continue
-            if self._is_due(layer, steps_left):
+            is_sure = is_last or layer.cause in self._before or layer.cause in FACTS
+            if is_lonely and not self._is_clear(layer, report):
+                is_sure = False
+            if self._is_due(layer, steps_left) and is_sure:
                 groups.setdefault(layer.cause, []).append(layer)
-        turbulent = {layer.path for layer in report.lagging if layer.cause in TURBULENT}
+        turbulent = {layer.path for layer in found if layer.cause in TURBULENT}
         self._since = {
             path: since for path, since in self._since.items() if path in turbulent
         }
+        self._before = frozenset(layer.cause for layer in found)
+        self._has_found = self._has_found or bool(found)
+        self._looks += 1
         messages = []
         for cause, layers in groups.items():
             size = layers[0].lag or 0.0
             if cause not in self._said or size > WORSE * self._said[cause] > 0:
                 self._said[cause] = size
-                messages.append(_message(layers, len(report.layers)))
+                messages.append(_message(layers, report))
         return messages
+
+    def _is_clear(self, layer: LayerReport, report: BatchNormReport) -> bool:
+        """Whether a finding needs no second look, large as it is."""
+        if layer.cause not in TURBULENT:
+            return True
+        consistent, inference = report.loss_recalibrated, report.loss_inference
+        if consistent is not None and inference is not None:
+            return not inference < CLEAR * consistent
+        return (layer.lag or 0.0) > CLEAR * self._threshold
 
     def _is_due(self, layer: LayerReport, steps_left: int | None) -> bool:
         if steps_left == 0:
@@ -103,10 +140,11 @@ class Findings:
         return True
 
 
-def _message(layers: Sequence[LayerReport], total: int) -> str:
+def _message(layers: Sequence[LayerReport], report: BatchNormReport) -> str:
+    """What happened, how sure, and what to do: the worst layer speaks for all."""
     worst = layers[0]
     who = worst.path if len(layers) == 1 else f"worst {worst.path}"
-    of = f"{len(layers)} of {total} BatchNormalization layers"
+    of = f"{len(layers)} of {len(report.layers)} BatchNormalization layers"
     if worst.cause in (INFERENCE_MODE, NOT_UPDATING):
         what = f"{of} never updated their statistics ({who})"
     elif worst.cause == NON_FINITE:
@@ -115,4 +153,6 @@ def _message(layers: Sequence[LayerReport], total: int) -> str:
         what = f"{of}: {who}"
     else:
         what = f"{of} lag, {who} by {worst.lag:.2f} standard deviations"
-    return f"{what}. Likely cause: {worst.cause}. {worst.advice}"
+    line = report.loss_line
+    proof = f"{line[0].upper()}{line[1:]}. " if line else ""
+    return f"{what}. {proof}Likely cause: {worst.cause}. {worst.advice}"

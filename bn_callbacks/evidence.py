@@ -1,0 +1,41 @@
+"""What was seen of a BN layer, put together: the only place where evidence is made.
+
+What a layer is comes from the layer; what was seen of it, in training or in data, from
+whoever looked. `statistics/evidence.py` says what each part means.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from bn_callbacks.layers import BatchNormLayer
+from bn_callbacks.statistics.evidence import Evidence
+from bn_callbacks.statistics.moments import Statistics
+
+
+def evidence_of(
+    bn: BatchNormLayer,
+    moving: Statistics,
+    *,
+    began: Statistics | None = None,
+    **seen: Any,
+) -> Evidence:
+    """Evidence on a layer.
+
+    Args:
+        bn: The layer.
+        moving: What it stores.
+        began: What it stored when the watching began; `moving` by default.
+        **seen: What was seen, as `Evidence` names it.
+    """
+    began = moving if began is None else began
+    return Evidence(
+        path=bn.path,
+        momentum=bn.momentum,
+        epsilon=bn.epsilon,
+        moving=moving,
+        trainable=bn.trainable,
+        precision=bn.precision,
+        is_initial=all(map(np.array_equal, began, bn.initial)),
+        **seen,
+    )

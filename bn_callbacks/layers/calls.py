@@ -1,0 +1,205 @@
+"""How often one training step calls each BN layer: seen, not assumed.
+
+A graph of layers tells it, a `train_step` of one's own does not: SimCLR calls its
+encoder on two views, a GAN its discriminator on two kinds of pictures. So the layers
+are watched while the first step of a training is traced (or run, where it is not
+traced). The watching changes nothing that is computed.
+"""
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import keras
+import tensorflow as tf
+
+from bn_callbacks.layers.facts import has_own_train_step
+from bn_callbacks.layers.find import BatchNormLayer
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What one training step does with a BN layer.
+
+    Args:
+        updates: Updates of its moving averages; None where it could not be seen.
+        is_called: Whether anything called it; None where it could not be seen.
+        trains: Whether a call asked for the statistics of a batch; None likewise.
+    """
+
+    updates: int | None
+    is_called: bool | None = None
+    trains: bool | None = None
+
+
+STEP = "one_step_on_data"
+"""What Keras calls the function that it traces for one training step."""
+
+
+@dataclass(eq=False)
+class _Tally:
+    """The calls in one traced function, or in what runs untraced."""
+
+    graph: Any
+    called: Counter[keras.layers.Layer] = field(default_factory=Counter)
+    updated: Counter[keras.layers.Layer] = field(default_factory=Counter)
+    unsure: set[keras.layers.Layer] = field(default_factory=set)
+
+
+class CallWatch:
+    """Watches a model's BN layers during its first training step.
+
+    Args:
+        model: The model in training.
+        layers: Its BN layers.
+    """
+
+    def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
+        self._model = model
+        self._layers = list(layers)
+        self._thread = threading.current_thread()
+        # By the name of the outermost function, and the thread of the replica.
+        self._tallies: dict[tuple[str, int], _Tally] = {}
+        self.is_watching = False
+
+    def begin(self) -> None:
+        """Begins to watch, until `end`."""
+        self._tallies.clear()
+        self.is_watching = True
+        for bn in self._layers:
+            listeners = _listeners.setdefault(bn.layer, [])
+            if not listeners:
+                _replace(bn.layer, listeners)
+            listeners.append(self)
+
+    def end(self, steps: int) -> None:
+        """Ends it, and remembers what was seen for the next training.
+
+        Args:
+            steps: Steps that were made in between.
+        """
+        self.is_watching = False
+        for bn in self._layers:
+            listeners = _listeners.get(bn.layer, [])
+            if self in listeners:
+                listeners.remove(self)
+                if not listeners:
+                    _restore(bn.layer)
+        is_fit = any(name == STEP for name, _ in self._tallies)
+        parts: dict[str, _Tally] = {}
+        for (name, _), tally in self._tallies.items():
+            if not is_fit or name == STEP:
+                # Replicas do the same, each in a thread of its own.
+                parts.setdefault(name, tally)
+        if not parts or not steps:
+            return
+        total = _Tally(None)
+        for name, tally in parts.items():
+            runs = steps if name == UNTRACED else 1
+            for layer, count in tally.updated.items():
+                total.updated[layer] += count // runs
+                if count % runs:
+                    total.unsure.add(layer)
+            total.called.update(tally.called)
+            total.unsure |= tally.unsure
+        function = getattr(self._model, "train_function", None) if is_fit else None
+        _seen[self._model] = function, total
+
+    def note(self, layer: keras.layers.Layer, is_update: bool) -> None:
+        """Counts a call of the layer, or an update of its statistics."""
+        graphs = _graphs()
+        root = next((each for each in graphs if each.name == STEP), None)
+        if root is None:
+            # Of other threads, only replicas of a step of `fit` are its business.
+            if threading.current_thread() is not self._thread:
+                return
+            root = graphs[-1] if graphs else None
+        name = UNTRACED if root is None else root.name
+        key = name, threading.get_ident()
+        tally = self._tallies.get(key)
+        if tally is None or tally.graph is not root:
+            # TensorFlow traces a function anew if the first time made variables.
+            if name == STEP:
+                old = [k for k, v in self._tallies.items() if v.graph is not root]
+                for each in (each for each in old if each[0] == STEP):
+                    del self._tallies[each]
+            self._tallies[key] = tally = _Tally(root)
+        (tally.updated if is_update else tally.called)[layer] += 1
+        # Inside a loop, or a function traced once and run often, one is not one.
+        if is_update and graphs and graphs[0] is not root:
+            tally.unsure.add(layer)
+
+
+_listeners: WeakKeyDictionary[keras.layers.Layer, list[CallWatch]] = WeakKeyDictionary()
+_NAMES = {"call": False, "_moments": True}
+
+
+def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
+    """Makes a layer tell of its calls, past `__setattr__` and its side effects."""
+
+    def counting(own: Callable[..., Any], is_update: bool) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            for each in list(listeners):
+                each.note(layer, is_update)
+            return own(*args, **kwargs)
+
+        counted.is_counting = True  # type: ignore[attr-defined]
+        return counted
+
+    for name, is_update in _NAMES.items():
+        if name not in vars(layer):
+            vars(layer)[name] = counting(getattr(layer, name), is_update)
+
+
+def _restore(layer: keras.layers.Layer) -> None:
+    for name in _NAMES:
+        if hasattr(vars(layer).get(name), "is_counting"):
+            del vars(layer)[name]
+
+
+UNTRACED = ""
+"""Stands for the name of a function where operations run at once."""
+
+
+def _graphs() -> list[Any]:
+    """The functions being traced, the innermost first; none where all runs at once."""
+    graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    graphs = []
+    while getattr(graph, "outer_graph", None) is not None:
+        graphs.append(graph)
+        graph = graph.outer_graph
+    return graphs
+
+
+# The train function of each model, and what was seen when it was traced.
+_seen: WeakKeyDictionary[keras.Model, tuple[Any, _Tally]] = WeakKeyDictionary()
+
+
+def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls]:
+    """What a training step does with each layer, as far as it was seen.
+
+    Where it was not, since the step had been traced before, a graph of layers tells
+    how often it calls each; a `train_step` of one's own leaves it unknown.
+    """
+    function, tally = _seen.get(model, (None, None))
+    current = getattr(model, "train_function", None)
+    if tally is None or function not in (None, current):
+        is_own = has_own_train_step(model)
+        return [Calls(None if is_own else bn.calls) for bn in layers]
+    found = []
+    for bn in layers:
+        count = tally.updated[bn.layer]
+        is_sure = bn.layer not in tally.unsure
+        found.append(
+            Calls(
+                updates=(count or bn.calls) if is_sure else None,
+                is_called=tally.called[bn.layer] > 0 or count > 0,
+                trains=count > 0,
+            )
+        )
+    return found

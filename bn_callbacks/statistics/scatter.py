@@ -1,0 +1,158 @@
+"""How the statistics of single batches differ from each other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bn_callbacks.statistics.moments import Statistics
+
+SINGLE_PRECISION = 2.0**-24
+"""Relative error of a float32."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Differences between single batches, in units of the variance within them.
+
+    Args:
+        mean: Variance of a batch's mean, averaged over the channels.
+        variation: Coefficient of variation of a batch's variances, averaged so too.
+        dominance: The largest variance of a batch over one that three quarters of the
+            batches do not exceed, in the channel where that is most: rare examples
+            that dominate show in few batches.
+    """
+
+    mean: float
+    variation: float
+    dominance: float
+
+
+def scatter(
+    batches: Statistics, epsilon: float, *, rounding: float = 0.0
+) -> Scatter | None:
+    """How batches differ from which weights do not move: Bessel's variance.
+
+    Args:
+        batches: Their statistics, of shape `(batches, channels)`.
+        epsilon: The layer's epsilon.
+        rounding: Variance of a mean that rounding makes, in the same units.
+
+    Returns:
+        The scatter; None with fewer than 4 batches, or if they are not finite.
+
+    Examples:
+        >>> means = np.array([[0.0], [2.0], [0.0], [2.0]])
+        >>> round(scatter(Statistics(means, np.ones((4, 1))), 0.0).mean, 3)
+        1.333
+    """
+    if len(batches.mean) < MIN_BATCHES or not _is_finite(batches):
+        return None
+    unit = batches.variance.mean(axis=0) + epsilon
+    return Scatter(
+        _less(batches.mean.var(axis=0, ddof=1) / unit, rounding),
+        math.sqrt(float((batches.variance.var(axis=0, ddof=1) / unit**2).mean())),
+        _dominance(batches.variance, batches.variance, epsilon),
+    )
+
+
+def neighbours(
+    runs: Sequence[Statistics],
+    epsilon: float,
+    *,
+    rounding: float = 0.0,
+    window: Statistics | None = None,
+) -> Scatter | None:
+    """How batches of successive training steps differ, apart from drift.
+
+    With `D(k)` the mean squared difference of batches `k` steps apart, the variance is
+    `D(1) − D(2)/2`: in a random walk of the weights both grow alike, and the walk drops
+    out; a steady drift leaves nothing. Batches that alternate, which no window of an
+    even number of steps shows, differ in full.
+
+    Args:
+        runs: For each run of successive steps the batches' statistics, of shape
+            `(steps, channels)`.
+        epsilon: The layer's epsilon.
+        rounding: Variance of a mean that rounding makes, in the same units.
+        window: Statistics of many steps together, which a rare batch of huge variance
+            dominates, though no run may have met one.
+
+    Returns:
+        The scatter, the median over the runs; None without runs of 4 steps.
+
+    Examples:
+        >>> means = np.array([[0.0], [2.0], [0.0], [2.0]])
+        >>> neighbours([Statistics(means, np.ones((4, 1)))], 0.0).mean
+        4.0
+    """
+    found = []
+    for run in runs:
+        if len(run.mean) < MIN_BATCHES or not _is_finite(run):
+            continue
+        unit = run.variance.mean(axis=0) + epsilon
+        found.append(
+            (
+                _less(_noise(run.mean) / unit, rounding),
+                math.sqrt(float((_noise(run.variance) / unit**2).mean())),
+            )
+        )
+        last = run.variance
+    if not found:
+        return None
+    all_of_it = last if window is None else np.vstack([last, window.variance])
+    return Scatter(
+        float(np.median([mean for mean, _ in found])),
+        float(np.median([variation for _, variation in found])),
+        _dominance(last, all_of_it, epsilon),
+    )
+
+
+def larger(one: Scatter | None, other: Scatter | None) -> Scatter | None:
+    """What either has shown, figure by figure; None if neither has."""
+    if one is None or other is None:
+        return one or other
+    return Scatter(
+        mean=max(one.mean, other.mean),
+        variation=max(one.variation, other.variation),
+        dominance=max(one.dominance, other.dominance),
+    )
+
+
+def _noise(points: np.ndarray) -> np.ndarray:
+    one, two = (
+        np.square(points[k:] - points[:-k]).mean(axis=0, dtype=np.float64)
+        for k in (1, 2)
+    )
+    return np.asarray(np.maximum(one - two / 2, 0.0))
+
+
+MIN_BATCHES = 4
+"""With fewer batches their scatter is a guess."""
+
+
+def _less(of_mean: np.ndarray, rounding: float) -> float:
+    return max(0.0, float(of_mean.mean()) - rounding)
+
+
+def _dominance(usual: np.ndarray, variances: np.ndarray, epsilon: float) -> float:
+    middle = np.maximum(np.quantile(usual, 0.75, axis=0), 0.0) + epsilon
+    return float(((variances.max(axis=0) + epsilon) / middle).max(initial=1.0))
+
+
+def _is_finite(batches: Statistics) -> bool:
+    return all(np.isfinite(part).all() for part in batches)
+
+
+def rounding_of(moving: Statistics, epsilon: float, momentum: float) -> float:
+    """Variance that float32 adds to a single batch's mean, taken from an average.
+
+    A reading is off by `2⁻²⁴·|μ|`, and `1/(1 − m)` times that when a batch is
+    computed from two of them.
+    """
+    if momentum == 1:
+        return math.inf
+    error = SINGLE_PRECISION * np.abs(moving.mean) / (1 - momentum)
+    sigma2 = np.maximum(moving.variance, 0) + epsilon
+    return 4 * float(np.mean(np.square(error) / sigma2))

@@ -1,0 +1,1 @@
+"""From readings of the moving averages in training to what is said of them."""

@@ -1,0 +1,450 @@
+"""A training watched: when the averages are read, and what comes of it.
+
+`BatchNormMonitor` calls it in `fit`, a loop without `fit` by itself. The way of a
+number: `Readings` reads the moving averages, `Windows` takes the batches out of them,
+`evidence_of` puts together what is known of a layer, the losses of a `Probe` say from
+which family a cause may come, `diagnose_model` names it, and `Findings` decides whether
+it deserves a word.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_callbacks.layers import (
+    BatchNormLayer,
+    Calls,
+    CallWatch,
+    Fingerprint,
+    LayerSelection,
+    calls_of,
+    check_model,
+    find,
+    is_built,
+)
+from bn_callbacks.measuring.probe import Probe, Reading
+from bn_callbacks.report import BatchNormReport, layer_reports
+from bn_callbacks.statistics.causes import CORRELATED_BATCHES, HEALTHY
+from bn_callbacks.statistics.diagnosis import DESIGN_LIMIT
+from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
+from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.statistics.scatter import Scatter, larger
+from bn_callbacks.watching.clues import find_clues
+from bn_callbacks.watching.examples import ExampleCounter
+from bn_callbacks.watching.findings import Findings
+from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
+from bn_callbacks.watching.windows import RUN, Windows
+
+MAX_INTERVAL = 100
+MIN_INTERVAL = 10
+WINDOWS_PER_FIT = 10
+WINDOWS_PER_EPOCH = 5
+
+PROOFS = 2
+"""Epochs' ends that must prove grouped batches before it is taken for granted."""
+
+
+class BatchNormWatch:
+    """Watches the BN layers of a model in a training loop without `fit`.
+
+    In `fit`, `BatchNormMonitor` does the same and needs no calls.
+
+    Args:
+        model: The model in training. Compiled, if there is a `probe`; its optimizer,
+            where it has one, helps to count steps.
+        steps: Training steps of an epoch; None if unknown.
+        epochs: Epochs of the training.
+        probe: As `BatchNormMonitor` takes it.
+        layers: Which layers, as `recalibrate` takes them; all by default.
+        threshold: Lag, in standard deviations, above which something is said.
+
+    Attributes:
+        report: The latest `BatchNormReport`; None before the first.
+
+    Examples:
+        >>> import keras, numpy as np
+        >>> model = keras.Sequential(
+        ...     [
+        ...         keras.Input((4,)),
+        ...         keras.layers.BatchNormalization(),
+        ...         keras.layers.Dense(1),
+        ...     ]
+        ... )
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.random.default_rng(0).normal(5, 1, (320, 4)), np.ones((320, 1))
+        >>> watch = BatchNormWatch(model, steps=10, epochs=1)
+        >>> watch.begin_epoch()
+        >>> for step in range(10):
+        ...     watch.begin_step()
+        ...     part = slice(32 * step, 32 * step + 32)
+        ...     loss = model.train_on_batch(x[part], y[part])
+        >>> watch.end_epoch().worst.cause
+        'warming_up'
+        >>> watch.messages()[0][:39]
+        '1 of 1 BatchNormalization layers lag, b'
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        steps: int | None = None,
+        epochs: int | None = 1,
+        probe: Any = None,
+        layers: LayerSelection = None,
+        threshold: float = DEFAULT_THRESHOLD,
+    ) -> None:
+        check_model(model)
+        params: dict[str, Any] = {"epochs": epochs}
+        if steps is not None:
+            params["steps"] = steps
+        self._set_up(model, params, probe, layers, threshold)
+
+    @classmethod
+    def of_fit(
+        cls,
+        model: keras.Model,
+        params: Mapping[str, Any] | None,
+        *,
+        probe: Any,
+        layers: LayerSelection,
+        threshold: float,
+    ) -> "BatchNormWatch":
+        """A watch for a callback, with the `params` that `fit` has given it."""
+        watch = cls.__new__(cls)
+        watch._set_up(model, params, probe, layers, threshold)
+        return watch
+
+    def _set_up(
+        self,
+        model: keras.Model,
+        params: Mapping[str, Any] | None,
+        probe: Any,
+        layers: LayerSelection,
+        threshold: float,
+    ) -> None:
+        self.model = model
+        self.report: BatchNormReport | None = None
+        self.evidence: list[Evidence] = []
+        self.layers: list[BatchNormLayer] | None = None
+        self.interval = MIN_INTERVAL
+        self.every: int | None = None
+        self._data, self._selection, self._threshold = probe, layers, threshold
+        self._epochs, self._announced = (
+            announced_epochs(params),
+            announced_steps(params),
+        )
+        self._counter = StepCounter(model, params)
+        self._first_epoch: int | None = None
+        self._findings = Findings(threshold)
+        self._steps_done = self._epochs_done = 0
+        self._reading: Reading | None = None
+        self._is_fresh = False
+        self._clues: tuple[str, ...] | None = None
+        self._is_recalibrated = False
+        self._proofs: Counter[str] = Counter()
+        self._windows: Windows | None = None
+        self._begin_readings()
+        if is_built(model):
+            self._start()
+
+    def _begin_readings(self) -> None:
+        self._counter.begin_epoch()
+        self._read_at: int | None = None
+        self._due_at = self._singles_from = self._shown_at = 0
+
+    def _start(self) -> None:
+        """Finds the layers, once the model is built."""
+        self.layers = find(self.model, self._selection)
+        if not self.layers:
+            self.report = BatchNormReport()
+            return
+        self._probe: Probe | None = None
+        if self._data is not None:
+            unfrozen = [bn for bn in self.layers if bn.trainable]
+            self._probe = Probe(self.model, self._data, unfrozen)
+        self.interval = reading_interval(
+            [bn.momentum for bn in self.layers], self.total_steps, self._announced
+        )
+        self._windows = Windows(self.model, self.layers, self.interval)
+        self._calls = CallWatch(self.model, self.layers)
+        self._knows_calls = False
+        self._examples = ExampleCounter(self.model)
+        self._fingerprint = Fingerprint(self.model)
+        self._weights: NDArray[np.float64] | None = None
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is anything to watch, as far as is known."""
+        return self._windows is not None
+
+    def begin_epoch(self, epoch: int | None = None) -> None:
+        """An epoch begins.
+
+        Args:
+            epoch: Its number, which matters where training resumes at a later one.
+        """
+        if self._first_epoch is None:
+            self._first_epoch = epoch or 0
+        self._begin_readings()
+
+    def begin_step(self, batch: int | None = None) -> None:
+        """A training step is about to begin.
+
+        Args:
+            batch: Its number in the epoch; by default one more than the last.
+        """
+        self.advance(batch)
+
+    def advance(self, batch: int | None = None) -> bool:
+        """Does it, and says whether a chart is due, every `every` steps."""
+        done = self._counter.begin_batch(batch)
+        self._is_fresh = False
+        if self.layers is None and is_built(self.model):
+            # A model that its first step builds is watched from the second on.
+            self._start()
+        if self._windows is None:
+            return False
+        if self._read_at is None:
+            self._counter.observe(*self._windows.rebase())
+            self._examples.begin()
+            self._read_at = self._shown_at = done
+            self._due_at = done + self.interval
+            self._singles_from = done + self._lead()
+            if not self._knows_calls:
+                self._calls.begin()
+            return False
+        if self._calls.is_watching:
+            self._learn_calls(done - self._read_at)
+        self._examples.observe(done)
+        # Workers must read at the same steps, whether they write or not.
+        is_shown = self.every is not None and done - self._shown_at >= self.every
+        if is_shown or done >= self._due_at or self._is_single(done):
+            reading = self._windows.read()
+            self._counter.observe(*reading)
+            self._windows.close(reading[1], done - self._read_at)
+            self._read_at = done
+            if is_shown or done >= self._due_at:
+                self._due_at = done + self.interval
+        elif self._counter.needs_reading:
+            self._counter.observe(*self._windows.read())
+        if is_shown:
+            self._shown_at = done
+        return is_shown
+
+    def _lead(self) -> int:
+        """Steps before single ones are read: some windows, each epoch one more."""
+        if self._announced is None:
+            return self.interval
+        windows = max(0, self._announced - RUN) // self.interval
+        return self.interval * ((self._epochs_done + 1) % (windows + 1))
+
+    def _is_single(self, done: int) -> bool:
+        """Whether to read single steps now: a few in early epochs, then rarely."""
+        epoch = self._epochs_done
+        is_early = epoch < 4 or epoch & (epoch - 1) == 0
+        return is_early and self._singles_from <= done <= self._singles_from + RUN
+
+    def _learn_calls(self, steps: int) -> None:
+        assert self._windows is not None
+        assert self.layers is not None
+        self._calls.end(steps)
+        self._knows_calls = True
+        self._windows.count(self.calls)
+
+    @property
+    def calls(self) -> list[Calls]:
+        """What a training step does with each layer, as far as it was seen."""
+        return calls_of(self.model, self.layers or [])
+
+    def end_steps(self) -> None:
+        """The steps of an epoch are over: before anybody validates, or writes."""
+        if self._windows is None or self._read_at is None:
+            return
+        reading = self._windows.read()
+        steps = self._counter.finish(*reading)
+        if self._calls.is_watching:
+            self._learn_calls(steps or 0)
+        self._windows.close(
+            reading[1], None if steps is None else steps - self._read_at
+        )
+        self._windows.end_epoch()
+        self._examples.finish(steps)
+        self._weights = self._fingerprint()
+        self._steps_done += self._read_at if steps is None else steps
+        self._epochs_done += 1
+        self._begin_readings()
+
+    def end_epoch(self) -> BatchNormReport:
+        """An epoch has ended: measures what there is to measure.
+
+        Returns:
+            The report.
+        """
+        if self._windows is None:
+            return self.report or BatchNormReport()
+        self.end_steps()
+        if self._probe is not None:
+            self._measure()
+        self.report = report = self.make_report(self._are_weights_replaced())
+        for layer in report.layers:
+            effect = layer.design_effect or 0.0
+            if layer.cause == CORRELATED_BATCHES and effect > DESIGN_LIMIT:
+                self._proofs[layer.path] += PROOFS if effect > 2 * DESIGN_LIMIT else 1
+        return report
+
+    def end(self) -> BatchNormReport | None:
+        """Training has ended.
+
+        Returns:
+            The last report, made anew where the weights have been replaced since (by
+            the optimizer's averages, for one); None where statistics were written
+            since, so that it is about something that is gone.
+        """
+        if self._windows is None or self.report is None:
+            return None
+        if not self._windows.is_untouched():
+            return None
+        if self._are_weights_replaced():
+            if self._probe is not None:
+                self._measure()
+            self.report = self.make_report(True)
+        return self.report
+
+    def close(self) -> None:
+        """Takes back what watches the model's calls, if training broke off."""
+        if self._windows is not None and self._calls.is_watching:
+            self._calls.end(0)
+
+    def _are_weights_replaced(self) -> bool:
+        return self._weights is not None and self._fingerprint.is_replaced(
+            self._weights
+        )
+
+    def messages(
+        self,
+        *,
+        is_last: bool | None = None,
+        is_corrected: bool = False,
+        cured: Collection[str] = (),
+    ) -> list[str]:
+        """What deserves a word now, each thing once.
+
+        Args:
+            is_last: Whether training has ended; by default if all epochs have.
+            is_corrected: Whether something else corrects the statistics at the end.
+            cured: Causes that something else cures at the end.
+        """
+        if self.report is None:
+            return []
+        left = 0 if is_last else self.steps_left
+        report = dataclasses.replace(
+            self.report,
+            layers=tuple(
+                dataclasses.replace(layer, cause=HEALTHY)
+                if layer.cause in cured
+                else layer
+                for layer in self.report.layers
+            ),
+        )
+        return self._findings.messages(report, left, is_corrected)
+
+    def expect(self, *, is_recalibrated: bool) -> None:
+        """Says what others will do at the end, which the clues take account of."""
+        self._is_recalibrated = is_recalibrated
+
+    def _measure(self) -> None:
+        assert self._windows is not None
+        assert self._probe is not None
+        updating = self._windows.updating()
+        if updating != self._probe.layers:
+            # A layer that was frozen after `compile` trains on, and counts.
+            self._probe = Probe(self.model, self._data, updating)
+        self._reading = self._probe.measure(self._examples.batch_size)
+        self._is_fresh = True
+
+    @property
+    def total_steps(self) -> int | None:
+        """Training steps in all, None if unknown."""
+        steps = self._announced
+        if steps is None and self._epochs_done:
+            steps = self._steps_done // self._epochs_done
+        if steps is None or self._epochs is None:
+            return None
+        return steps * (self._epochs - (self._first_epoch or 0))
+
+    @property
+    def steps_left(self) -> int | None:
+        """Training steps still to come, None if unknown."""
+        total = self.total_steps
+        return None if total is None else max(0, total - self._steps_done)
+
+    def make_report(self, are_weights_replaced: bool = False) -> BatchNormReport:
+        """A report on the latest readings; losses are those of the last epoch's end."""
+        assert self._windows is not None
+        assert self.layers is not None
+        if self._clues is None:
+            # Not before all callbacks have said what they do.
+            self._clues = find_clues(
+                self.model,
+                self.layers,
+                total_steps=self.total_steps,
+                is_recalibrated=self._is_recalibrated,
+                calls=self.calls,
+            )
+        losses = None if self._reading is None else self._reading.losses
+        inferred: dict[BatchNormLayer, Statistics] = {}
+        in_probe: dict[BatchNormLayer, Scatter | None] = {}
+        if self._reading is not None and self._is_fresh:
+            inferred, in_probe = self._reading.inferred, self._reading.scatter
+        self.evidence = [
+            dataclasses.replace(
+                seen,
+                batch_size=self._examples.batch_size_of(bn),
+                last_batch_size=self._examples.last_batch_size,
+                are_weights_replaced=are_weights_replaced,
+                inferred=inferred.get(bn),
+                scatter=larger(seen.scatter, in_probe.get(bn)),
+                is_grouped=self._proofs[bn.path] >= PROOFS,
+                family=seen.family if losses is None else losses.family,
+            )
+            for bn, seen in zip(
+                self.layers,
+                self._windows.evidence(self.total_steps, self._threshold),
+                strict=True,
+            )
+        ]
+        return BatchNormReport.of(
+            layer_reports(self.evidence), losses, clues=self._clues
+        )
+
+
+def reading_interval(
+    momenta: Sequence[float], total_steps: int | None, epoch_steps: int | None = None
+) -> int:
+    """Training steps between two readings.
+
+    Half the memory `1/(1 − m)` of the average, so that it and the window are not the
+    same thing; not so often that reading costs; and often enough that a short `fit`
+    gives windows to compare.
+
+    Args:
+        momenta: Momentum of each layer.
+        total_steps: Training steps of the whole `fit`, None if unknown.
+        epoch_steps: Training steps of an epoch, None if unknown.
+
+    Returns:
+        A number of steps, from 1 to 100.
+    """
+    memory = 0.5 / max(1 - max(momenta), 0.5 / MAX_INTERVAL)
+    interval = max(MIN_INTERVAL, min(MAX_INTERVAL, round(memory)))
+    if epoch_steps is not None:
+        interval = max(MIN_INTERVAL, min(interval, epoch_steps // WINDOWS_PER_EPOCH))
+    if total_steps is not None:
+        interval = min(interval, max(1, total_steps // WINDOWS_PER_FIT))
+    return interval

@@ -1,0 +1,358 @@
+"""Readings of the moving averages in training, and what they give away."""
+
+import functools
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from bn_callbacks.evidence import evidence_of
+from bn_callbacks.layers import (
+    BatchNormLayer,
+    Calls,
+    has_own_train_step,
+    pinned_in_graph,
+)
+from bn_callbacks.statistics.evidence import Evidence, is_negative
+from bn_callbacks.statistics.moments import Statistics, pool_replicas
+from bn_callbacks.statistics.moving_average import (
+    FORGOTTEN,
+    start_weight,
+    window_noise,
+    window_statistic,
+)
+from bn_callbacks.statistics.scatter import Scatter, neighbours, rounding_of
+from bn_callbacks.statistics.stream import MIN_WINDOWS, recurrence
+from bn_callbacks.watching.readings import Flat, Readings
+
+KEPT_WINDOWS = 16
+"""Windows remembered for the estimate of noise."""
+
+LONG_WINDOW = 0.5
+"""Weight of the old value below which an average consists mainly of its window."""
+
+KEPT_RUNS = 4
+"""Runs of single steps remembered."""
+
+RUN = 8
+"""Steps of such a run, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Two readings with `steps` training steps between them.
+
+    `kinds` has each layer's momentum and its updates in a step.
+    """
+
+    readings: Readings
+    old: Flat
+    new: Flat
+    steps: int
+    is_valid: NDArray[np.bool_]
+    kinds: list[tuple[float, int]]
+    epoch: int = 0
+
+    @functools.cached_property
+    def batches(self) -> Flat:
+        """Statistics of the window's batches, `nan` for layers with momentum 1."""
+        # Layers are many, and their kinds are few.
+        found = np.full_like(self.new, np.nan)
+        kinds = set(self.kinds)
+        for kind in kinds:
+            momentum, calls = kind
+            if momentum < 1 and calls:
+                alike: Any = slice(None)
+                if len(kinds) > 1:
+                    alike = self.readings.columns([each == kind for each in self.kinds])
+                found[:, alike] = window_statistic(
+                    self.old[:, alike], self.new[:, alike], momentum, self.steps * calls
+                )
+        return found
+
+
+class _Series(NamedTuple):
+    """Windows in a row for each: length, validity by layer, batch statistics."""
+
+    steps: NDArray[np.int_]
+    is_valid: NDArray[np.bool_]
+    batches: Flat
+
+
+class Windows:
+    """Follows the moving averages of some layers through training.
+
+    Args:
+        model: The model in training.
+        layers: The layers to follow.
+        length: Steps of a window. What is read more often is joined until it is as
+            long, so that nothing depends on how often one reads.
+    """
+
+    def __init__(
+        self, model: keras.Model, layers: Sequence[BatchNormLayer], length: int
+    ) -> None:
+        self.layers = list(layers)
+        self._length = length
+        self._readings = Readings(model, layers)
+        self._kept: deque[_Window] = deque(maxlen=KEPT_WINDOWS)
+        self._runs: deque[list[Flat]] = deque(maxlen=KEPT_RUNS)
+        self._steps = np.zeros(len(layers), int)
+        self._updates = np.zeros(len(layers), int)
+        self._has_moved = np.zeros(len(layers), bool)
+        self._calls = [Calls(bn.calls) for bn in layers]
+        # Where a negative variance has proven the count of updates wrong.
+        self._is_miscounted = np.zeros(len(layers), bool)
+        self._start = self._readings.now
+        self._epoch = 0
+        self._epochs = (self._series([]), self._series([]))
+        self._pinned = pinned_in_graph(model)
+        self._is_own_step = has_own_train_step(model)
+
+    def count(self, calls: Sequence[Calls]) -> None:
+        """Says what one training step does with each layer, as far as it was seen."""
+        self._calls = list(calls)
+
+    def rebase(self) -> tuple[int | None, Flat]:
+        """Reads afresh where others may have written since the last reading.
+
+        Returns:
+            As `read`.
+        """
+        reading, is_foreign = self._readings.rebase()
+        self._restart(is_foreign)
+        self._begin_run(reading[1])
+        return reading
+
+    def end_epoch(self) -> None:
+        """Keeps the windows of the epoch for comparison with the next one's."""
+        windows = [window for window in self._kept if window.epoch == self._epoch]
+        self._epochs = (self._epochs[1], self._series(windows))
+        self._epoch += 1
+
+    def updating(self) -> list[BatchNormLayer]:
+        """The layers that use batches: those not frozen, and those that moved."""
+        pairs = zip(self.layers, self._has_moved, strict=True)
+        return [bn for bn, has_moved in pairs if bn.trainable or has_moved]
+
+    def is_untouched(self) -> bool:
+        """Whether nobody has written the averages since the last reading."""
+        return self._readings.is_untouched()
+
+    def read(self) -> tuple[int | None, Flat]:
+        """The optimizer's step counter and all averages now, for `close`."""
+        return self._readings.read()
+
+    def close(self, now: Flat, steps: int | None) -> None:
+        """Ends a window.
+
+        Args:
+            now: The averages, as `read` gives them.
+            steps: Training steps since the reading before; None if unknown, which
+                drops the window. Negative where data ran out before that reading
+                already, so that its window was shorter than was thought.
+        """
+        if steps == 0:
+            return
+        before = self._readings.now
+        is_valid = ~self._readings.keep(now)
+        if steps is None:
+            is_valid[:] = False
+        else:
+            self._run(before, now, steps)
+            self._steps += steps
+            calls = np.array([each.updates or 0 for each in self._calls])
+            self._updates += steps * calls
+            self._has_moved |= ~self._readings.is_same(before, now)
+            kinds = [
+                (bn.momentum, count)
+                for bn, count in zip(self.layers, calls.tolist(), strict=True)
+            ]
+            self._keep(
+                _Window(
+                    self._readings, before, now, steps, is_valid, kinds, self._epoch
+                )
+            )
+        self._restart(~is_valid)
+
+    def _run(self, before: Flat, now: Flat, steps: int) -> None:
+        """Goes on with a run of single steps, or begins one."""
+        last = self._runs[-1] if self._runs else [None]
+        if steps == 1 and last[-1] is before and len(last) <= RUN:
+            self._runs[-1].append(now)
+        else:
+            self._begin_run(now)
+
+    def _begin_run(self, now: Flat) -> None:
+        if self._runs and len(self._runs[-1]) <= MIN_WINDOWS:
+            self._runs.pop()  # Too short to say anything.
+        self._runs.append([now])
+
+    def _keep(self, window: _Window) -> None:
+        last = self._kept[-1] if self._kept else None
+        if last is not None and last.new is window.old:
+            is_short = last.steps < self._length or window.steps < 0
+            if is_short and np.array_equal(last.is_valid, window.is_valid):
+                self._kept.pop()
+                window = replace(window, old=last.old, steps=last.steps + window.steps)
+        if window.steps > 0:
+            self._kept.append(window)
+
+    def _restart(self, which: NDArray[np.bool_]) -> None:
+        """Counts afresh for layers whose averages hold something else than batches."""
+        if which.any():
+            self._start = self._readings.choose(which, self._readings.now, self._start)
+            self._updates[which] = self._steps[which] = 0
+            self._has_moved[which] = False
+            self._runs.clear()
+
+    def evidence(self, total_steps: int | None, threshold: float) -> list[Evidence]:
+        """All that the readings say of each layer."""
+        kept = self._series(self._kept)
+        return [
+            self._evidence(index, kept, total_steps, threshold)
+            for index in range(len(self.layers))
+        ]
+
+    def _evidence(
+        self,
+        index: int,
+        kept: _Series,
+        total_steps: int | None,
+        threshold: float,
+    ) -> Evidence:
+        bn, calls = self.layers[index], self._calls[index]
+        moving = self._part(self._readings.now, index)
+        is_counted = calls.updates is not None and not self._is_miscounted[index]
+        known: dict[str, Any] = {}
+        if is_counted:
+            known = self._of_windows(index, kept, total_steps)
+        updates = int(self._updates[index])
+        is_still = self._steps[index] > 0 and not self._has_moved[index]
+        return evidence_of(
+            bn,
+            moving,
+            began=self._part(self._start, index),
+            updates=updates if is_counted else None,
+            is_called=calls.is_called is not False,
+            trains=calls.trains,
+            is_still=bool(is_still),
+            is_pinned=id(bn.layer) in self._pinned,
+            has_mixed_calls=(calls.updates or 1) > 1
+            or (self._is_own_step and calls.updates is None),
+            threshold=threshold,
+            **known,
+        )
+
+    def _of_windows(
+        self, index: int, kept: _Series, total_steps: int | None
+    ) -> dict[str, Any]:
+        """What the windows say of a layer whose updates are counted."""
+        bn, count = self.layers[index], self._calls[index].updates or 0
+        updates = int(self._updates[index])
+        windows = [w for w in self._kept if w.is_valid[index]]
+        batch, past, length = self._latest(index, windows, updates)
+        if batch is not None and self._is_impossible(batch, windows[-1], index):
+            self._is_miscounted[index] = True
+            return {}
+        usual = Counter(w.steps for w in windows).most_common(1)
+        steps, times = usual[0] if usual and bn.momentum < 1 else (0, 0)
+        before, after = (
+            self._batches(epoch, index, self._length) for epoch in self._epochs
+        )
+        return {
+            "batch": batch,
+            "past": past,
+            "batch_share": window_noise(bn.momentum, length) if length else None,
+            "total_updates": None if total_steps is None else total_steps * count,
+            "start": self._part(self._start, index) if updates else None,
+            "windows": self._batches(kept, index, steps) if times else None,
+            "window_updates": steps * count if times else None,
+            "window_share": window_noise(bn.momentum, steps * count) if times else None,
+            "scatter": self._scatter(index, batch),
+            "replicas": self._readings.statistics(self._readings.now, index)
+            if len(self._readings.now) > 1 and times >= MIN_WINDOWS
+            else [],
+            "recurrence": recurrence(before, after, bn.epsilon)
+            if bn.momentum < 1
+            else None,
+        }
+
+    def _is_impossible(self, batch: Statistics, window: _Window, index: int) -> bool:
+        """Whether the batches would have a negative variance, so the count is wrong."""
+        made_of = (self._part(flat, index) for flat in (window.old, window.new))
+        return self.layers[index].precision is None and is_negative(
+            batch.variance, *(each.variance for each in made_of)
+        )
+
+    def _scatter(self, index: int, window: Statistics | None) -> Scatter | None:
+        """How the batches of successive single steps differ."""
+        bn, count = self.layers[index], self._calls[index].updates or 0
+        if bn.momentum == 1 or bn.precision is not None or not count:
+            return None
+        runs = []
+        for run in self._runs:
+            flat = np.concatenate([each[:1] for each in run])
+            averages = self._readings.averages(flat, index)
+            batches = window_statistic(averages[:-1], averages[1:], bn.momentum, count)
+            runs.append(bn.statistics(batches.swapaxes(0, 1)))
+        moving = self._part(self._readings.now, index)
+        rounding = rounding_of(moving, bn.epsilon, bn.momentum**count)
+        return neighbours(runs, bn.epsilon, rounding=rounding, window=window)
+
+    def _latest(
+        self, index: int, windows: list[_Window], updates: int
+    ) -> tuple[Statistics | None, Statistics | None, int]:
+        """Batch statistics of the last window; what the layer stored before; updates.
+
+        The second only where the average consists mainly of the window itself, so
+        that holding the two against each other would tell nothing.
+        """
+        bn, count = self.layers[index], self._calls[index].updates or 0
+        if not windows or bn.momentum == 1 or not count:
+            return None, None, 0
+        last = windows[-1]
+        old, steps = last.old, last.steps
+        if len(windows) > 1 and windows[-2].new is old and steps < windows[-2].steps:
+            # The rest of an epoch may be a step or two, too few to go by.
+            old, steps = windows[-2].old, steps + windows[-2].steps
+        batch = self._batch(old, last.new, steps, index)
+        length = steps * count
+        is_long = start_weight(bn.momentum, length) < LONG_WINDOW
+        is_warm = start_weight(bn.momentum, max(0, updates - length)) <= FORGOTTEN
+        past = self._part(old, index) if is_long and is_warm else None
+        return batch, past, length
+
+    def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
+        """Batch statistics of a window, of all replicas together."""
+        bn, count = self.layers[index], self._calls[index].updates or 0
+        before, after = (self._readings.averages(flat, index) for flat in (old, new))
+        batches = window_statistic(before, after, bn.momentum, steps * count)
+        return pool_replicas([bn.statistics(each) for each in batches])
+
+    def _series(self, windows: Collection[_Window]) -> _Series:
+        """Windows on the first replica."""
+        return _Series(
+            np.array([each.steps for each in windows], int),
+            np.array([each.is_valid for each in windows], bool).reshape(
+                -1, len(self.layers)
+            ),
+            np.concatenate(
+                [self._readings.now[:0], *(each.batches[:1] for each in windows)]
+            ),
+        )
+
+    def _batches(self, series: _Series, index: int, steps: int) -> Statistics:
+        """Batch statistics of a layer in the valid windows of so many steps."""
+        chosen = series.is_valid[:, index] & (series.steps == steps)
+        averages = self._readings.averages(series.batches, index)
+        if not chosen.all():  # All need no copy.
+            averages = averages[chosen]
+        return self.layers[index].statistics(averages.swapaxes(0, 1))
+
+    def _part(self, flat: Flat, index: int) -> Statistics:
+        return self._readings.statistics(flat, index)[0]

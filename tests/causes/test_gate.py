@@ -1,0 +1,60 @@
+"""A quick case for each cause, and for silence: none can break unseen."""
+
+import kit
+import pytest
+from cases import CASES
+from kit import Case
+
+BY_NAME = {case.name: case for case in CASES}
+
+QUICK = {
+    "warming_up": "short_regression",
+    "drifting": "memory_longer_than_progress",
+    "noisy": "last_batch_of_one_example",
+    "tiny_batch": "batch_of_one",
+    "correlated_batches": "one_session_a_batch",
+    "mixed_calls": "one_layer_for_three_sensors",
+    "weights_replaced": "optimizer_ema_of_a_conv_net",
+    "inference_mode": "train_step_without_training",
+    "not_updating": "train_step_that_loses_updates",
+    "unexpected_update": "frozen_without_compile",
+    "low_precision": "bfloat16",
+    "outliers": "a_few_wild_rows",
+    "non_finite": "an_absurd_value",
+}
+QUIET = ("short_run_on_standardised_data", "eight_views_are_enough")
+
+ONLY_WITH_A_PROBE = {"mixed_calls"}
+
+SLOW = {"replicas_differ": "a_sensor_for_each_replica"}
+"""These need several devices, which a test has to set up in a process of its own:
+tests/test_distribution.py has a small one."""
+
+ONLY_IN_AN_AUDIT = {"stale", "rescaled_inputs"}
+"""tests/causes/test_audits.py has these."""
+
+
+def test_every_cause_has_a_quick_case() -> None:
+    wanted = {case.expected for case in CASES if case.expected and case.scored}
+    assert {*QUICK, *SLOW} == wanted | set(SLOW)
+    for cause, name in {**QUICK, **SLOW}.items():
+        assert BY_NAME[name].expected == cause
+
+
+@pytest.mark.parametrize("cause", QUICK)
+def test_the_cause_is_named(cause: str) -> None:
+    case: Case = BY_NAME[QUICK[cause]]
+    with_probe, without = kit.run_both(case)
+    assert with_probe.is_right(case), with_probe.messages
+    if cause in ONLY_WITH_A_PROBE:
+        assert not without.causes
+    else:
+        assert without.is_right(case), without.messages
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_nothing_is_said_where_nothing_is_wrong(name: str) -> None:
+    case = BY_NAME[name]
+    assert case.expected is None
+    with_probe, without = kit.run_both(case)
+    assert with_probe.messages == without.messages == ()
