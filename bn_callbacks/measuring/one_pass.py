@@ -335,7 +335,8 @@ class Population:
             start, first_count = end, end_count
             if entry.is_unbiased:
                 variance = variance * ((n - 1) / np.maximum(n, 1))
-            is_bad = (~np.isfinite(mean + variance) & (n > 0)).any(axis=1)
+            known = np.isfinite(mean) & np.isfinite(variance)
+            is_bad = (~known & (n > 0)).any(axis=1)
             add(entry.layer, pool_batches(n, mean, variance), is_bad)
         if bad:
             self._raise_bad(traced, bad, is_fixed)
