@@ -65,18 +65,18 @@ class Network(NamedTuple):
 
     build: Callable[[int], keras.Model]
     size: int = 32
-    images: int = 2048
-    steps: int = 60
+    images: int = 1024
+    steps: int = 30
 
 
 # The smallest images that each takes; fewer of the larger ones.
 NETWORKS = {
-    "mlp6": Network(mlp, steps=200),
-    "plain16": Network(plain, steps=100),
-    "mlp6, more data": Network(mlp, images=20_000, steps=200),
-    "plain16, more data": Network(plain, images=20_000, steps=100),
+    "mlp6": Network(mlp, images=4096, steps=200),
+    "plain16": Network(plain, images=4096, steps=60),
+    "mlp6-40k": Network(mlp, images=40_000, steps=200),
+    "plain16-20k": Network(plain, images=20_000, steps=60),
     "MobileNet": Network(application("MobileNet")),
-    "MobileNetV2": Network(application("MobileNetV2")),
+    "MobileNetV2": Network(application("MobileNetV2"), images=4096),
     "MobileNetV3Large": Network(application("MobileNetV3Large")),
     "ResNet50": Network(application("ResNet50")),
     "ResNet50V2": Network(application("ResNet50V2")),
@@ -84,9 +84,9 @@ NETWORKS = {
     "NASNetMobile": Network(application("NASNetMobile")),
     "EfficientNetB0": Network(application("EfficientNetB0")),
     "EfficientNetV2B0": Network(application("EfficientNetV2B0")),
-    "Xception": Network(application("Xception"), 71, 512, 20),
-    "InceptionV3": Network(application("InceptionV3"), 75, 512, 20),
-    "InceptionResNetV2": Network(application("InceptionResNetV2"), 75, 256, 10),
+    "Xception": Network(application("Xception"), 71, 256, 10),
+    "InceptionV3": Network(application("InceptionV3"), 75, 256, 10),
+    "InceptionResNetV2": Network(application("InceptionResNetV2"), 75, 128, 5),
 }
 
 

@@ -1,10 +1,9 @@
 """How often recalibration reads the data, and how long it takes.
 
     python tests/benchmarks/recalibration.py [--repeats 3] [--batch-size 32]
-        [--networks mlp6 ...] [--samples ResNet50 ...] [--markdown docs/benchmarks.md]
+        [--models mlp6 ResNet50 ...] [--markdown docs/benchmarks.md]
 
-Each table has a list of what it is made for; an empty list leaves it out. Times are
-taken in one process, in turn, and are medians over the repeats.
+Times are taken in one process, in turn, and are medians over the repeats.
 """
 
 import argparse
@@ -15,28 +14,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
 import tensorflow as tf
-from networks import NETWORKS, Network, application, trained
+from networks import NETWORKS, trained
 from numpy.typing import NDArray
 from page import Section, table
 
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find
-from bn_callbacks.measuring import consistent
 from bn_callbacks.report import RecalibrationReport
 
-SAMPLED = {
-    "ResNet50": Network(application("ResNet50"), 96, 300, 20),
-    "EfficientNetV2B0": Network(application("EfficientNetV2B0"), 96, 300, 20),
-}
-SAMPLES = (16, 32, 64, 128)
-SAMPLED_BATCH = 16
+ENOUGH = 15.0
+"""Seconds of repeats after which there are no more of them."""
 
 
 class Counted(keras.utils.PyDataset):  # type: ignore[misc]
@@ -137,6 +130,8 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
     reads = data.reads
     times: list[tuple[float, float]] = []
     for _ in range(repeats):
+        if sum(map(sum, times)) > ENOUGH:
+            break
         report.undo()
         base = inference()
         report, seconds = recalibration()
@@ -171,24 +166,7 @@ def timed() -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-SAMPLES_HEAD = ("network", "BN layers", *(f"sample of {size}" for size in SAMPLES))
-
-
-def by_sample(name: str, steps: int | None) -> tuple[str, ...]:
-    """Passes and residual of one network with samples of several sizes."""
-    network = SAMPLED[name]
-    model, x = trained(name, network, steps)
-    cells = [name, str(len(find(model)))]
-    for size in SAMPLES:
-        # In place of what memory allows.
-        with mock.patch.object(consistent, "sample_size", return_value=size):
-            report = recalibrate(model, x, batch_size=SAMPLED_BATCH, verbose=0)
-        cells.append(f"{report.passes} ({residual_of(report):.0e})")
-        report.undo()
-    return tuple(cells)
-
-
-WHOLE = """\
+PAGE = """\
 `recalibrate(model, data)` with default settings, on networks after a short training on
 images made for this, in batches of {batch_size} from a `PyDataset` that counts how
 often it is read. Layer by layer, which is the simple way to the same statistics, needs
@@ -197,64 +175,40 @@ reads, those over data in memory. *Residual* is the largest of any layer, in sta
 deviations, measured in inference mode; `inf` would mean that nothing was committed.
 
 *Time* is that of a second recalibration, which traces nothing, in inference passes over
-the same batches: the median of {repeats}. *First call* is the time of the first
+the same batches: the median of
+up to {repeats}. *First call* is the time of the first
 recalibration, its trace included, over the first call of an inference function (its
 trace and one batch) and as many inference passes as there were reads.
-
-{table}
-"""
-SAMPLE = """\
-### The size of the sample
-
-Passes over 300 images of 96×96, in batches of {sampled_batch}, until the residual (in
-brackets) is small enough, where the sample has so many of them instead of what memory
-allows. Networks after a short training.
 
 {table}
 """
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, help="steps of training, in place of ours")
-    parser.add_argument("--networks", "--models", nargs="*", default=list(NETWORKS))
-    parser.add_argument("--samples", nargs="*", default=list(SAMPLED))
+    parser.add_argument(
+        "--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS)
+    )
     parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
-    for chosen, known in ((options.networks, NETWORKS), (options.samples, SAMPLED)):
-        for each in chosen:
-            if each not in known:
-                parser.error(f"no {each!r} there; there are {', '.join(known)}")
     section = Section("recalibration")
-    solved, sampled = [], []
-    for name in options.networks:
+    rows = []
+    for name in options.models:
         line = solve(name, options.batch_size, options.repeats, options.steps)
-        solved.append(solved_cells(line))
-        print("  ".join(cell.ljust(16) for cell in solved[-1]), flush=True)
-    for name in options.samples:
-        sampled.append(by_sample(name, options.steps))
-        print("  ".join(cell.ljust(16) for cell in sampled[-1]), flush=True)
-    parts = []
-    if solved:
-        parts.append(
-            WHOLE.format(
-                batch_size=options.batch_size,
-                repeats=options.repeats,
-                table=table(SOLVED_HEAD, solved),
-            )
-        )
-    if sampled:
-        parts.append(
-            SAMPLE.format(
-                sampled_batch=SAMPLED_BATCH, table=table(SAMPLES_HEAD, sampled)
-            )
-        )
-    section.write("\n".join(parts), options.markdown)
+        rows.append(solved_cells(line))
+        print("  ".join(cell.ljust(16) for cell in rows[-1]), flush=True)
+    body = PAGE.format(
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+        table=table(SOLVED_HEAD, rows),
+    )
+    section.write(body, options.markdown)
 
 
 if __name__ == "__main__":

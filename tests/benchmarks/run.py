@@ -19,6 +19,7 @@ ROOT = HERE.parents[1]
 OPTIONS = {
     "overhead": ["--repeats", "2"],
     "recalibration": [],
+    "samples": [],
     "passes": [],
     "growth": [],
     "causes": [],
@@ -26,8 +27,9 @@ OPTIONS = {
 QUICK = {
     "overhead": ["--models", "mlp", "--repeats", "1", "--steps", "20"],
     "recalibration": [
-        *("--networks", "mlp6", "--samples", "--repeats", "1", "--steps", "1"),
+        *("--models", "mlp6", "--repeats", "1", "--steps", "1"),
     ],
+    "samples": ["--models", "EfficientNetV2B0", "--sizes", "300", "--steps", "1"],
     "passes": [
         *("--models", "mlp", "--peaks", "mlp", "--batches", "1"),
         *("--repeats", "1", "--memory-repeats", "1"),
