@@ -10,8 +10,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,12 +70,13 @@ class Solved(NamedTuple):
     passes: int
     residual: float
     time: float
+    cpu: float
     first: float
 
 
 SOLVED_HEAD = (
     *("network", "BN layers", "images", "lag before", "reads", "passes", "residual"),
-    *("time", "first call"),
+    *("time", "CPU time", "first call"),
 )
 
 
@@ -91,6 +91,7 @@ def solved_cells(line: Solved) -> tuple[str, ...]:
         str(line.passes),
         f"{line.residual:.1e}",
         f"{line.time:.1f}",
+        f"{line.cpu:.1f}",
         f"{line.first:.2f}",
     )
 
@@ -107,36 +108,36 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
         reduce_retracing=True,
     )
     spec = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
-    with timed() as beginning:
+    with Clock() as beginning:
         infer.get_concrete_function(spec)
         np.asarray(infer(tf.constant(parts[0])))
 
-    def inference() -> float:
-        with timed() as clock:
+    def inference() -> Clock:
+        with Clock() as clock:
             for part in parts:
                 outputs = infer(tf.constant(part))
             np.asarray(outputs)
-        return clock[0]
+        return clock
 
     data = Counted(x, batch_size)
 
-    def recalibration() -> tuple[RecalibrationReport, float]:
-        with timed() as clock:
+    def recalibration() -> tuple[RecalibrationReport, Clock]:
+        with Clock() as clock:
             report = recalibrate(model, data, verbose=0)
-        return report, clock[0]
+        return report, clock
 
     inference()
     report, first = recalibration()
     reads = data.reads
-    times: list[tuple[float, float]] = []
+    pairs: list[tuple[Clock, Clock]] = []
     for _ in range(repeats):
-        if sum(map(sum, times)) > ENOUGH:
+        if sum(one.wall + other.wall for one, other in pairs) > ENOUGH:
             break
         report.undo()
-        base = inference()
-        report, seconds = recalibration()
-        times.append((base, seconds))
-    base = float(np.median([one for one, _ in times]))
+        own = inference()
+        report, again = recalibration()
+        pairs.append((own, again))
+    base = float(np.median([own.wall for own, _ in pairs]))
     return Solved(
         name=name,
         layers=len(find(model)),
@@ -145,8 +146,9 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
         reads=reads,
         passes=report.passes,
         residual=residual_of(report),
-        time=float(np.median([seconds / own for own, seconds in times])),
-        first=first / (beginning[0] + reads * base),
+        time=float(np.median([again.wall / own.wall for own, again in pairs])),
+        cpu=float(np.median([again.cpu / own.cpu for own, again in pairs])),
+        first=first.wall / (beginning.wall + reads * base),
     )
 
 
@@ -157,13 +159,16 @@ def residual_of(report: RecalibrationReport) -> float:
     return report.residual
 
 
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """Gives a list that gets the seconds at the end."""
-    seconds: list[float] = []
-    start = time.perf_counter()
-    yield seconds
-    seconds.append(time.perf_counter() - start)
+class Clock:
+    """Times a `with` block: seconds, and seconds of all cores."""
+
+    def __enter__(self) -> "Clock":
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall = time.perf_counter() - self._start[0]
+        self.cpu = time.process_time() - self._start[1]
 
 
 PAGE = """\
@@ -176,7 +181,8 @@ deviations, measured in inference mode; `inf` would mean that nothing was commit
 
 *Time* is that of a second recalibration, which traces nothing, in inference passes over
 the same batches: the median of
-up to {repeats}. *First call* is the time of the first
+up to {repeats}. *CPU time* is the same in time of all cores, which other work on the
+machine disturbs less. *First call* is the time of the first
 recalibration, its trace included, over the first call of an inference function (its
 trace and one batch) and as many inference passes as there were reads.
 
