@@ -180,11 +180,10 @@ reads, those over data in memory. *Residual* is the largest of any layer, in sta
 deviations, measured in inference mode; `inf` would mean that nothing was committed.
 
 *Time* is that of a second recalibration, which traces nothing, in inference passes over
-the same batches: the median of
-up to {repeats}. *CPU time* is the same in time of all cores, which other work on the
-machine disturbs less. *First call* is the time of the first
-recalibration, its trace included, over the first call of an inference function (its
-trace and one batch) and as many inference passes as there were reads.
+the same batches: the median of up to {repeats}. *CPU time* is the same in time of all
+cores, which other work on the machine disturbs less. *First call* is the time of the
+first recalibration, its trace included, over the first call of an inference function
+(its trace and one batch) and as many inference passes as there were reads.
 
 {table}
 """

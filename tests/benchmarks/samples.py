@@ -37,7 +37,7 @@ WIDTHS = (96, 224)
 PAGE = """\
 Passes over {images} images of 96×96, in batches of {batch}, until the residual (in
 brackets) is small enough, where the sample has so many examples instead of what memory
-allows: that, beside a batch, are as many as the last columns say, by size of the images.
+allows. As many as the last columns say it allows beside a batch, by size of the images.
 Networks after a short training; layer by layer, which is the simple way to the same
 statistics, each needs as many passes as there are layers.
 
