@@ -127,7 +127,7 @@ def distances(
         sigma = np.sqrt(variance + bn.epsilon)
         sigma_0 = np.sqrt(variance_0 + bn.epsilon)
         squares = ((mean - mean_0) / sigma_0) ** 2 + (sigma / sigma_0 - 1) ** 2
-        result[bn.path] = float(np.sqrt(np.mean(squares)))
+        result[bn.name] = float(np.sqrt(np.mean(squares)))
     return result
 
 

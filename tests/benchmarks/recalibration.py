@@ -208,12 +208,13 @@ def main() -> None:
         line = solve(name, options.batch_size, options.repeats, options.steps)
         rows.append(solved_cells(line))
         print("  ".join(cell.ljust(16) for cell in rows[-1]), flush=True)
-    body = PAGE.format(
-        batch_size=options.batch_size,
-        repeats=options.repeats,
-        table=table(SOLVED_HEAD, rows),
-    )
-    section.write(body, options.markdown)
+        body = PAGE.format(
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            table=table(SOLVED_HEAD, rows),
+        )
+        # After each, so that an interrupted run leaves what it has.
+        section.write(body, options.markdown)
 
 
 if __name__ == "__main__":

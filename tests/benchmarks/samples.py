@@ -81,15 +81,18 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("samples")
-    rows = [by_sample(name, options.sizes, options.steps) for name in options.models]
     head = (
         *("network", "BN layers", *(f"sample of {size}" for size in options.sizes)),
         *(f"allowed at {width}×{width}" for width in WIDTHS),
     )
-    body = PAGE.format(
-        images=NETWORKS["ResNet50"].images, batch=BATCH, table=table(head, rows)
-    )
-    section.write(body, options.markdown)
+    rows = []
+    for name in options.models:
+        rows.append(by_sample(name, options.sizes, options.steps))
+        body = PAGE.format(
+            images=NETWORKS[name].images, batch=BATCH, table=table(head, rows)
+        )
+        # After each, so that an interrupted run leaves what it has.
+        section.write(body, options.markdown)
 
 
 if __name__ == "__main__":
