@@ -454,3 +454,18 @@ def test_statistics_are_written_into_all_layers_or_into_none(
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         recalibrate(model, X, verbose=0)
     assert failed
+
+
+def test_a_mean_that_overflows_downwards_is_named_without_a_warning_of_numpy() -> None:
+    net = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.BatchNormalization(),
+            layers.Dense(
+                1, "linear", bias_initializer=keras.initializers.Constant(-2e38)
+            ),
+            layers.BatchNormalization(name="second"),
+        ]
+    )
+    with unchanged(net), pytest.raises(ValueError, match=r"input of \S*second is not"):
+        recalibrate(net, X, verbose=0)

@@ -363,7 +363,8 @@ class Population:
             start, first_count = end, end_count
             if entry.is_unbiased:
                 variance = variance * ((n - 1) / np.maximum(n, 1))
-            is_bad = (~np.isfinite(mean + variance) & (n > 0)).any(axis=1)
+            known = np.isfinite(mean) & np.isfinite(variance)
+            is_bad = (~known & (n > 0)).any(axis=1)
             add(entry.layer, pool_batches(n, mean, variance), is_bad, mean)
         if bad:
             self._raise_bad(traced, bad, is_fixed)
@@ -379,9 +380,9 @@ class Population:
             if bad[first][1]:
                 raise ValueError(
                     f"The input of {self.layers[first].path} is too large: its "
-                    "variance is not finite. Received: values that overflow when they are "
-                    f"squared, in batch {index} of the data (counted from 0). Scale "
-                    "the data, or look for huge weights in the layers before."
+                    "variance is not finite. Received: values that overflow when they "
+                    f"are squared, in batch {index} of the data (counted from 0). "
+                    "Scale the data, or look for huge weights in the layers before."
                 )
             raise ValueError(
                 f"The input of {self.layers[first].path} is not finite. Received: NaN "

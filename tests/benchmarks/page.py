@@ -32,6 +32,8 @@ it was.
 SECTIONS = {
     "overhead": "What the monitor costs",
     "recalibration": "What recalibration costs",
+    "samples": "How large a sample has to be",
+    "passes": "What a pass costs",
     "growth": "How both grow",
     "causes": "How often the cause is right",
 }

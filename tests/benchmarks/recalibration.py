@@ -1,17 +1,14 @@
-"""What recalibration costs, as ratios to an inference pass over the same batches.
+"""How often recalibration reads the data, and how long it takes.
 
-    python tests/benchmarks/recalibration.py [--repeats 9] [--models mlp resnet50 ...]
-                                             [--markdown docs/benchmarks.md]
+    python tests/benchmarks/recalibration.py [--repeats 3] [--batch-size 32]
+        [--models mlp6 ResNet50 ...] [--markdown docs/benchmarks.md]
 
-Time: all variants of a model run in one process, interleaved, each traced before; the
-figures are medians over the repeats, with the quartiles of the ratio. Memory: the peak
-of a fresh process that builds the model and makes one pass, tracing included.
+Times are taken in one process, in turn, and are medians over the repeats.
 """
 
 import argparse
+import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,270 +19,202 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from page import Section, quartiles, table
+from networks import NETWORKS, trained
+from numpy.typing import NDArray
+from page import Section, table
 
 from bn_callbacks import recalibrate
-from bn_callbacks.layers import find, read
-from bn_callbacks.measuring.data import Batches
-from bn_callbacks.measuring.one_pass import Population
+from bn_callbacks.layers import find
+from bn_callbacks.report import RecalibrationReport
+
+ENOUGH = 15.0
+"""Seconds of repeats after which there are no more of them."""
 
 
-def mlp() -> tuple[keras.Model, tuple[int, ...]]:
-    """Three dense layers of 1024, each with BN."""
-    layers: list[Any] = [keras.Input((1024,))]
-    for _ in range(3):
-        layers += [
-            keras.layers.Dense(1024),
-            keras.layers.BatchNormalization(),
-            keras.layers.ReLU(),
-        ]
-    return keras.Sequential([*layers, keras.layers.Dense(10)]), (1024,)
+class Counted(keras.utils.PyDataset):  # type: ignore[misc]
+    """Counts the batches that are asked for.
+
+    Args:
+        x: The data.
+        batch_size: Examples in a batch.
+    """
+
+    def __init__(self, x: NDArray[np.float32], batch_size: int) -> None:
+        super().__init__()
+        self._x = x
+        self._batch_size = batch_size
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._x) / self._batch_size)
+
+    def __getitem__(self, index: int) -> tuple[Any]:
+        self.asked += 1
+        start = index * self._batch_size
+        return (self._x[start : start + self._batch_size],)
+
+    @property
+    def reads(self) -> float:
+        """How often all has been read."""
+        return self.asked / len(self)
 
 
-def application(name: str) -> Callable[[], tuple[keras.Model, tuple[int, ...]]]:
-    """A network of `keras.applications` at 96×96, with random weights."""
+class Solved(NamedTuple):
+    """A network recalibrated: a line of the first table."""
 
-    def build() -> tuple[keras.Model, tuple[int, ...]]:
-        shape = (96, 96, 3)
-        make = getattr(keras.applications, name)
-        return make(weights=None, input_shape=shape, classes=10), shape
-
-    return build
-
-
-MODELS = {
-    "mlp": mlp,
-    "mobilenetv2": application("MobileNetV2"),
-    "resnet50": application("ResNet50"),
-}
+    name: str
+    layers: int
+    shape: str
+    lag: float
+    reads: float
+    passes: int
+    residual: float
+    time: float
+    cpu: float
+    first: float
 
 
-def variants(model: keras.Model) -> dict[str, Callable[[Batches], None]]:
-    """Each way to pass over batches, by name."""
-    layers = find(model)
-    population = Population(model, layers)
-    stored = read(layers)
-    infer = tf.function(lambda x: model(x, training=False), autograph=False)
-    train = tf.function(lambda x: model(x, training=True), autograph=False)
-
-    def each(function: Callable[[Any], Any]) -> Callable[[Batches], None]:
-        def run(batches: Batches) -> None:
-            for batch in batches:
-                function(batch[0])
-
-        return run
-
-    return {
-        "inference": each(infer),
-        "first pass": lambda batches: void(population.measure(batches)),
-        "refinement pass": lambda batches: void(population.measure(batches, stored)),
-        "Keras training forward": each(train),
-        "eager training forward": each(lambda x: model(x, training=True)),
-    }
+SOLVED_HEAD = (
+    *("network", "BN layers", "images", "lag before", "reads", "passes", "residual"),
+    *("time", "CPU time", "first call"),
+)
 
 
-def void(_: Any) -> None:
-    """Makes a measurement a statement."""
-
-
-PEAKS = ("inference", "recalibrate(refine=0)")
-MB = 2**20
-
-
-class Time(NamedTuple):
-    """One line of the table of times: milliseconds a batch, ratio and quartiles."""
-
-    model: str
-    variant: str
-    milliseconds: float
-    ratio: float
-    low: float
-    high: float
-
-
-class Peak(NamedTuple):
-    """One line of the table of memory: MB of both processes, the medians."""
-
-    model: str
-    inference: float
-    recalibration: float
-    difference: float
-    low: float
-    high: float
-
-
-def prepare(name: str, options: argparse.Namespace) -> tuple[keras.Model, Any]:
-    """A model and data for it; more batches for the one that is fast."""
-    keras.utils.set_random_seed(0)
-    model, shape = MODELS[name]()
-    count = options.batches * (10 if name == "mlp" else 1) * options.batch_size
-    return model, np.random.default_rng(0).normal(size=(count, *shape)).astype("f")
-
-
-def measure_times(name: str, options: argparse.Namespace) -> list[Time]:
-    """Times all variants of one model."""
-    model, x = prepare(name, options)
-    tensors = list(Batches(x, batch_size=options.batch_size))
-    # Read once, so that they stay what they are: tensors.
-    batches = Batches(iter(tensors))
-    runs = variants(model)
-    times: dict[str, list[float]] = {variant: [] for variant in runs}
-    for repeat in range(options.repeats + 1):
-        for variant, run in runs.items():
-            start = time.perf_counter()
-            run(batches)
-            if repeat:
-                times[variant].append((time.perf_counter() - start) / len(tensors))
-    base = np.array(times["inference"])
-    lines = []
-    for variant, seconds in times.items():
-        ratios = np.array(seconds) / base
-        low, middle, high = quartiles(ratios)
-        lines.append(
-            Time(name, variant, 1e3 * float(np.median(seconds)), middle, low, high)
-        )
-    return lines
-
-
-def measure_peaks(name: str, options: argparse.Namespace) -> Peak:
-    """Compares the peaks of processes that make one pass of either kind."""
-    command = [sys.executable, __file__, "--models", name]
-    command += ["--batches", str(options.batches)]
-    command += ["--batch-size", str(options.batch_size)]
-    peaks: dict[str, list[float]] = {variant: [] for variant in PEAKS}
-    for _ in range(options.memory_repeats):
-        for variant, values in peaks.items():
-            output = subprocess.run(
-                [*command, "--peak", variant], check=True, stdout=subprocess.PIPE
-            ).stdout
-            values.append(int(output.split()[-1]) / MB)
-    inference, recalibration = (np.array(values) for values in peaks.values())
-    difference = recalibration - inference
-    low, middle, high = quartiles(difference)
-    return Peak(
-        name,
-        float(np.median(inference)),
-        float(np.median(recalibration)),
-        middle,
-        low,
-        high,
-    )
-
-
-def make_pass(name: str, variant: str, options: argparse.Namespace) -> None:
-    """Builds a model, makes one pass over its data, prints this process' peak."""
-    model, x = prepare(name, options)
-    if variant == "inference":
-        infer = tf.function(
-            lambda x: model(x, training=False),
-            autograph=False,
-            reduce_retracing=True,
-        )
-        for batch in Batches(x, batch_size=options.batch_size):
-            infer(batch[0])
-    else:
-        recalibrate(model, x, batch_size=options.batch_size, refine=0, verbose=0)
-    print(peak_memory())
-
-
-def peak_memory() -> int:
-    """Most memory, in bytes, that this process has had resident at a time."""
-    try:
-        # `ru_maxrss` would begin with what the parent had when it forked.
-        status = Path("/proc/self/status").read_text("ascii")
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-
-
-TIMES_HEAD = ("model", "pass", "ms a batch", "ratio", "quartiles")
-PEAKS_HEAD = ("model", *PEAKS, "difference", "quartiles")
-
-
-def time_cells(line: Time) -> tuple[str, ...]:
-    """A line of the table of times, as text."""
+def solved_cells(line: Solved) -> tuple[str, ...]:
+    """A line of the first table, as text."""
     return (
-        line.model,
-        line.variant,
-        f"{line.milliseconds:.2f}",
-        f"{line.ratio:.2f}",
-        f"{line.low:.2f} to {line.high:.2f}",
+        line.name,
+        str(line.layers),
+        line.shape,
+        f"{line.lag:.2g}",
+        f"{line.reads:.3g}",
+        str(line.passes),
+        f"{line.residual:.1e}",
+        f"{line.time:.1f}",
+        f"{line.cpu:.1f}",
+        f"{line.first:.2f}",
     )
 
 
-def peak_cells(line: Peak) -> tuple[str, ...]:
-    """A line of the table of memory, as text."""
-    return (
-        line.model,
-        f"{line.inference:.0f} MB",
-        f"{line.recalibration:.0f} MB",
-        f"{line.difference:+.0f} MB",
-        f"{line.low:+.0f} to {line.high:+.0f} MB",
+def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved:
+    """Trains a network, recalibrates it several times, and compares with inference."""
+    network = NETWORKS[name]
+    model, x = trained(name, network, steps)
+    # In parts made before, as recalibration also finds its batches in memory.
+    parts = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+    infer: Callable[..., Any] = tf.function(
+        lambda batch: model(batch, training=False),
+        autograph=False,
+        reduce_retracing=True,
     )
+    spec = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
+    with Clock() as beginning:
+        infer.get_concrete_function(spec)
+        np.asarray(infer(tf.constant(parts[0])))
+
+    def inference() -> Clock:
+        with Clock() as clock:
+            for part in parts:
+                outputs = infer(tf.constant(part))
+            np.asarray(outputs)
+        return clock
+
+    data = Counted(x, batch_size)
+
+    def recalibration() -> tuple[RecalibrationReport, Clock]:
+        with Clock() as clock:
+            report = recalibrate(model, data, verbose=0)
+        return report, clock
+
+    inference()
+    report, first = recalibration()
+    reads = data.reads
+    pairs: list[tuple[Clock, Clock]] = []
+    for _ in range(repeats):
+        if sum(one.wall + other.wall for one, other in pairs) > ENOUGH:
+            break
+        report.undo()
+        own = inference()
+        report, again = recalibration()
+        pairs.append((own, again))
+    base = float(np.median([own.wall for own, _ in pairs]))
+    return Solved(
+        name=name,
+        layers=len(find(model)),
+        shape=f"{len(x):,} of {network.size}×{network.size}",
+        lag=report.before.max_lag,
+        reads=reads,
+        passes=report.passes,
+        residual=residual_of(report),
+        time=float(np.median([again.wall / own.wall for own, again in pairs])),
+        cpu=float(np.median([again.cpu / own.cpu for own, again in pairs])),
+        first=first.wall / (beginning.wall + reads * base),
+    )
+
+
+def residual_of(report: RecalibrationReport) -> float:
+    """The residual; infinite where nothing was committed."""
+    if report.residual is None or not report.committed:
+        return float("inf")
+    return report.residual
+
+
+class Clock:
+    """Times a `with` block: seconds, and seconds of all cores."""
+
+    def __enter__(self) -> "Clock":
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall = time.perf_counter() - self._start[0]
+        self.cpu = time.process_time() - self._start[1]
 
 
 PAGE = """\
-As ratios to an inference pass over the same batches of {batch_size}. *mlp* has three
-dense layers of 1024, each with `BatchNormalization`; the others are those of
-`keras.applications` at 96×96.
+`recalibrate(model, data)` with default settings, on networks after a short training on
+images made for this, in batches of {batch_size} from a `PyDataset` that counts how
+often it is read. Layer by layer, which is the simple way to the same statistics, needs
+as many reads as there are layers. *Passes* includes, where there are more passes than
+reads, those over data in memory. *Residual* is the largest of any layer, in standard
+deviations, measured in inference mode; `inf` would mean that nothing was committed.
 
-### Time
+*Time* is that of a second recalibration, which traces nothing, in inference passes over
+the same batches: the median of up to {repeats}. *CPU time* is the same in time of all
+cores, which other work on the machine disturbs less. *First call* is the time of the
+first recalibration, its trace included, over the first call of an inference function
+(its trace and one batch) and as many inference passes as there were reads.
 
-All passes over one model run in one process, in turn, traced before. The ratio is to
-the inference pass of the same repeat: the median of {repeats}, and the quartiles. The
-limit that we set ourselves is 1.15 for the first pass. The *eager training forward* is
-the loop that people write by hand.
-
-{times}
-
-### Memory
-
-The peak (resident set) of a fresh process that builds the model and makes one pass,
-tracing included: medians over {memory_repeats} processes each. The limit that we set
-ourselves is a difference of 64 MB.
-
-{peaks}
+{table}
 """
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--memory-repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
-    parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        make_pass(options.models[0], options.peak, options)
-        return
-    section = Section("recalibration")
-    peaks = []
-    for name in options.models:
-        peaks.append(peak_cells(measure_peaks(name, options)))
-        print("memory  " + "  ".join(peaks[-1]))
-    print()
-    times = []
-    for name in options.models:
-        for line in measure_times(name, options):
-            times.append(time_cells(line))
-            print("  ".join(cell.ljust(22) for cell in times[-1]))
-    body = PAGE.format(
-        repeats=options.repeats,
-        batch_size=options.batch_size,
-        memory_repeats=options.memory_repeats,
-        times=table(TIMES_HEAD, times),
-        peaks=table(PEAKS_HEAD, peaks),
+    parser.add_argument("--steps", type=int, help="steps of training, in place of ours")
+    parser.add_argument(
+        "--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS)
     )
-    section.write(body, options.markdown)
+    parser.add_argument("--markdown", type=Path, help="the page to write this into")
+    options = parser.parse_args()
+    section = Section("recalibration")
+    rows = []
+    for name in options.models:
+        line = solve(name, options.batch_size, options.repeats, options.steps)
+        rows.append(solved_cells(line))
+        print("  ".join(cell.ljust(16) for cell in rows[-1]), flush=True)
+        body = PAGE.format(
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            table=table(SOLVED_HEAD, rows),
+        )
+        # After each, so that an interrupted run leaves what it has.
+        section.write(body, options.markdown)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPTIONS = {
     "overhead": ["--repeats", "2"],
-    "recalibration": ["--repeats", "7"],
+    "recalibration": [],
+    "samples": [],
+    "passes": [],
     "growth": [],
     "causes": [],
 }
 QUICK = {
     "overhead": ["--models", "mlp", "--repeats", "1", "--steps", "20"],
     "recalibration": [
-        *("--models", "mlp", "--repeats", "1", "--batches", "1"),
-        *("--memory-repeats", "1"),
+        *("--models", "mlp6", "--repeats", "1", "--steps", "1"),
+    ],
+    "samples": ["--models", "EfficientNetV2B0", "--sizes", "300", "--steps", "1"],
+    "passes": [
+        *("--models", "mlp", "--peaks", "mlp", "--batches", "1"),
+        *("--repeats", "1", "--memory-repeats", "1"),
     ],
     "growth": [
         *("--repeats", "1", "--batches", "2"),
