@@ -45,6 +45,9 @@ from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 RESIDUAL_LIMIT = 1e-3
 """Lag in inference mode at which the fixed point is taken to hold."""
 
+MAX_FAILURES = 3
+"""Corrections that may fail before the sample is given up."""
+
 EXTRA_PASSES = 10
 """Passes beyond the number of layers, at most."""
 
@@ -104,10 +107,11 @@ def consistent(
     given = model.solve()
     if given is None:
         progress.begin("measuring by batch")
-        first = population.measure(source, until=until, show=progress.show)
+        first = population.measure(batches, until=until, show=progress.show)
         source, until = batches.first(first.own_batches), None
         given = storable(layers, first.moments, old)
     best = origin = None
+    is_corrected = False
     while progress.passes < len(layers) + EXTRA_PASSES:
         progress.begin("correcting" if best else "measuring")
         measured = _read(
@@ -122,16 +126,20 @@ def consistent(
         source, until = batches.first(measured.own_batches), None
         last = Solution(given, measured, lags(layers, measured.moments, given))
         origin = origin or last
-        is_worse = best is not None and last.residual >= best.residual
-        if best is None or not is_worse:
+        is_better = best is None or last.residual < best.residual
+        if is_better:
             best = last
         if last.residual <= max(limit, 2 * _change(population, origin, last)):
             if not population.becomes_exact(measured.moments):
                 break
             best = None
-        if is_worse and model.is_fair:
-            model.is_fair, last = False, best or last
-        given = model.solve(last) or _layer_by_layer(layers, last, limit)
+        corrected = model.solve(last) if is_better else None
+        if not is_better and is_corrected:
+            # Back to where it was good, and layer by layer from there.
+            last = best or last
+            model.fail()
+        is_corrected = corrected is not None
+        given = corrected or _layer_by_layer(layers, last, limit)
     if best is None or math.isinf(best.residual):
         raise _overflow(layers, last, progress.passes)
     return best
@@ -142,7 +150,7 @@ class _Model:
 
     Attributes:
         sample: The sample.
-        is_fair: Whether it has brought nearer to the solution so far.
+        is_fair: Whether it is of use as a model.
     """
 
     def __init__(
@@ -157,6 +165,8 @@ class _Model:
         self._old = old
         self._most = math.inf if most is None else most
         self._seen: list[Moments] = []
+        self._seen_with: list[Statistics] | None = None
+        self._failures = 0
         self._batches, self._examples = batches, 16 * JOINED
         self.sample = Sample(batches, self._size, from_all=most is None)
         self._batch = self.sample.batch()
@@ -181,13 +191,16 @@ class _Model:
         Returns:
             Statistics of each layer; None where the sample is no model of the data.
         """
+        if not self.is_fair:
+            return None
         mix = Mix.of_batch(self._population.channels)
         if last is not None:
-            if not self.sample.is_settled and self.is_fair:
-                # All has been read since: a better sample, not yet seen with `last`.
-                self.sample.settle()
-                self._batch = self.sample.batch()
+            if self.sample.has_changed():
+                self._batch, self._seen_with = self.sample.batch(), None
+            if self._seen_with is not last.statistics:
                 self._run(Mix.given(last.statistics))
+                if not self.is_fair:
+                    return None
             wanted = filled(last.measured.moments, last.statistics)
             mix = Mix.corrected(wanted, filled(self._seen, last.statistics))
         self._run(mix)
@@ -196,7 +209,7 @@ class _Model:
         if not self.is_fair:
             return None
         otherwise = self._old if last is None else last.statistics
-        return [
+        self._seen_with = [
             bn.rounded(statistics)
             for bn, statistics in zip(
                 self._population.layers,
@@ -204,6 +217,12 @@ class _Model:
                 strict=True,
             )
         ]
+        return self._seen_with
+
+    def fail(self) -> None:
+        """Notes that a correction has brought no nearer to the solution."""
+        self._failures += 1
+        self.is_fair = self.is_fair and self._failures < MAX_FAILURES
 
     def _run(self, mix: Mix) -> None:
         if self.is_fair and self._batch is not None:

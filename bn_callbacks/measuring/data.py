@@ -109,11 +109,6 @@ class Batches:
         if isinstance(self._source, (_Arrays, _Indexed)) and self._length is not None:
             self._order = np.random.default_rng(0).permutation(self._length).tolist()
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether the first batches are a sample of all."""
-        return self._order is not None
-
     def peek(self) -> Batch:
         """The first batch, read once however often it is looked at."""
         if self._first is None:

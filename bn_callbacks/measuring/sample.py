@@ -42,14 +42,15 @@ def _free_memory() -> float:
 
 def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
-    return int(tf.nest.flatten(batch[0])[0].shape[0] or 0)
+    shape = tf.nest.flatten(batch[0])[0].shape
+    return int(shape[0] or 0) if shape.rank else 0
 
 
 class Sample:
     """A sample of the data, gathered while they are read for the first time.
 
-    Of arrays it is drawn from all examples. Of other data it is at first the beginning,
-    and, once they have been read, a random sample of all that was read.
+    Of arrays it is drawn from all examples. Of other data it is at first what comes
+    first, and, once they have been read, a random sample of all that was read.
 
     Iterating over it is the first reading of the data.
 
@@ -82,21 +83,18 @@ class Sample:
         """The sample, as one batch; None where examples cannot be joined to one."""
         return self._own if self._own is not None else self._reservoir.batch()
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the sample stays as it is."""
-        return self._is_settled or self._own is not None or self._batches.is_mixed
-
-    def settle(self) -> None:
-        """Ends the first reading, and with it what may change the sample."""
-        self._is_settled = True
+    def has_changed(self) -> bool:
+        """Whether the first reading, which has now ended, has changed the sample."""
+        grown = self._own is None and self._reservoir.seen > self.size
+        has_changed, self._is_settled = grown and not self._is_settled, True
+        return has_changed
 
     def __iter__(self) -> Iterator[Batch]:
         begun, self._begun = self._begun, []
         while begun:
             yield begun.pop(0)
         for batch in self._rest:
-            if not self.is_settled:
+            if self._own is None:
                 self._reservoir.add(batch)
             yield batch
 

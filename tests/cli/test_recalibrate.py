@@ -89,7 +89,7 @@ def test_a_terminal_shows_a_progress_bar_and_the_same(run, here, monkeypatch, ca
     out = run(*RECALIBRATE, "--output", "new.keras").out
     assert "6/6" in out
     assert out.count("Recalibrated 1 BatchNormalization layer") == 1
-    assert "Before:\n\nlayer" in out
+    assert "Before:\n\n1 of 1 BatchNormalization layers" in out
     assert out.endswith("Saved new.keras.\n")
 
 
