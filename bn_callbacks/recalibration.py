@@ -83,36 +83,39 @@ def recalibrate(
     """Gives BN layers the statistics that inference really sees ("Precise BN").
 
     Replaces `moving_mean` and `moving_variance` by the mean and (biased) variance
-    of each layer's input over the data, pooled in float64 and weighted by the
-    number of elements. A first pass lets BN layers normalise with the statistics of
-    each batch (Wu & Johnson, 2021, arXiv 2105.07576); further passes let them
-    normalise with the new statistics until each layer's input in inference mode
-    has the moments that the layer stores. Everything else runs in inference mode.
+    that each layer's input has over the data *in inference mode*, when every other
+    layer uses its new statistics as well. A sample of the data, run as one batch,
+    finds them nearly; passes over all data correct them, one to four as a rule, until
+    they are within 0.001 standard deviations. Moments are pooled in float64, weighted
+    by the number of elements. With `refine=0` it is one pass in which each layer
+    normalises by batch (Wu & Johnson, 2021, arXiv 2105.07576).
 
     Nothing in the model changes until all is computed and finite, and nothing but
-    the statistics changes then.
+    the statistics changes then. New statistics that are no nearer to what inference
+    sees than the old ones are not written, and a `BatchNormWarning` says so.
 
     Args:
         model: A built Keras model.
         x: Training data as `fit` takes them: arrays or a list, dict or tuple of
             arrays, `(x, y)` or `(x, y, sample_weight)`, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator, whose batches are kept in
-            memory if more than one pass is made. Of targets no use is made.
+            memory. Targets are ignored.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         tolerance: Stop the first pass when the standard error of every layer's
             statistics is below this, in standard deviations (0.01 is plenty). It
             is estimated from how batches differ, so that batches of samples that
-            belong together are not taken for many samples; the data must come in
-            no order, or it stops too early. Further passes use the same batches.
-        refine: `"auto"`, or the number of further passes; 0 is the usual Precise
-            BN in one pass.
+            belong together are not taken for many samples. Arrays and `PyDataset`s
+            are read in random order; datasets and generators must come in no order,
+            or it stops too early. Further passes use the same batches.
+        refine: `"auto"`; or 0 for the usual Precise BN in one pass by batch, or a
+            number of further passes with the statistics that the last one found.
         dropout: Whether dropout, noise and augmentation layers act as in training.
         layers: Which layers: `None` for those that `fit` would update; or names,
             paths, a regular expression, a predicate, or a list of these. A frozen
             layer is recalibrated only if it is named.
-        validation_data: Data with targets. The model's loss on them is measured
-            before and after, and the better statistics are kept.
+        validation_data: Data with targets. The model's loss on them decides between
+            the old statistics, the new ones, and those of a single pass by batch.
         verbose: 0 is silent; 1, and `"auto"`, show progress and the result.
 
     Returns:
