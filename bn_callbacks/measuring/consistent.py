@@ -140,9 +140,9 @@ def consistent(
             model.fail()
         is_corrected = corrected is not None
         given = corrected or _layer_by_layer(layers, last, limit)
-    if best is None or math.isinf(best.residual):
+    if math.isinf((best or last).residual):
         raise _overflow(layers, last, progress.passes)
-    return best
+    return best or last
 
 
 class _Model:
