@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from bn_callbacks.layers import BatchNormLayer
 from bn_callbacks.measuring.data import Batch, Batches, First
+from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.one_pass import Measurement, Population, Until
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.sample import (
@@ -38,7 +39,6 @@ from bn_callbacks.measuring.sample import (
     examples_in,
     sample_size,
 )
-from bn_callbacks.measuring.traced import Mix
 from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 

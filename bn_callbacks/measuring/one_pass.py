@@ -19,8 +19,9 @@ from bn_callbacks.layers import (
     team_of,
 )
 from bn_callbacks.measuring.data import Batch, Batches, First, fits
+from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.sample import Joined, Sample, examples_in
-from bn_callbacks.measuring.traced import Mix, Traced
+from bn_callbacks.measuring.traced import Traced
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 from bn_callbacks.statistics.sampling import design_effect
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
 from bn_callbacks.measuring.consistent import consistent, known, lags, storable
 from bn_callbacks.measuring.data import Batch, Batches
+from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.one_pass import Measurement, Population, Until
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.sample import Sample, examples_in, sample_size
-from bn_callbacks.measuring.traced import Mix
 from bn_callbacks.statistics.losses import Losses
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter

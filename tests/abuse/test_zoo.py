@@ -16,7 +16,7 @@ import tensorflow as tf
 from models import Array, batch_norms, cut, state
 
 from bn_callbacks import RecalibrationReport, recalibrate
-from bn_callbacks.measuring import sample, traced
+from bn_callbacks.measuring import layer_input, sample
 from bn_callbacks.measuring.one_pass import Population
 from bn_callbacks.statistics.moments import Moments
 
@@ -198,7 +198,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise of 1e-7 σ in whatever is measured or normalised with, anew each time."""
     size = 1e-7
     draw = np.random.default_rng(2)
-    moments, mixed = Population._moments, traced._Input._mixed
+    moments, mixed = Population._moments, layer_input.LayerInput._mixed
 
     def rough(self: Any, *arguments: Any, **options: Any) -> list[Moments]:
         result = []
@@ -217,7 +217,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
         return mean, variance * (1 + 2 * deviation[1])
 
     monkeypatch.setattr(Population, "_moments", rough)
-    monkeypatch.setattr(traced._Input, "_mixed", unsteady)
+    monkeypatch.setattr(layer_input.LayerInput, "_mixed", unsteady)
 
 
 @pytest.mark.usefixtures("noisy")
