@@ -914,5 +914,5 @@ def test_a_dataset_is_a_probe_too():
     same = BatchNormMonitor(on_lag="ignore", probe=(x, y))
     endless_one = BatchNormMonitor(on_lag="ignore", probe=batches.repeat())
     make_model().fit(batches, verbose=0, callbacks=[monitor, same, endless_one])
-    assert monitor.report.loss_batch == pytest.approx(same.report.loss_batch, rel=1e-4)
+    assert monitor.report.loss_batch == pytest.approx(same.report.loss_batch, rel=1e-3)
     assert endless_one.report.loss_recalibrated > 0
