@@ -6,6 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -38,6 +39,7 @@ from bn_callbacks.measuring.consistent import (
     by_passes,
     consistent,
     known,
+    residuals,
 )
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.measuring.one_pass import Measurement, Population
@@ -61,6 +63,9 @@ would take longer than a tenth of an epoch of 20,000 samples."""
 
 SHORT_SAMPLE = 512
 """Samples that tell where to begin if `tolerance` may soon be reached."""
+
+SAME_LOSS = 1e-3
+"""Two losses that differ less, of each other, are the same."""
 
 GROUPED = 3.0
 """Design effect from which on batches are no random samples: these have 1 at most, and
@@ -281,7 +286,11 @@ class Recalibration:
             solution, loss_after = self._better(solution, old, progress)
         progress.end()
         residual = known(solution.residuals)
-        is_nearer = residual is None or residual < max(RESIDUAL_LIMIT, before.max_lag)
+        is_nearer = (
+            self._validation is not None  # Then the loss decides.
+            or residual is None
+            or residual < max(RESIDUAL_LIMIT, before.max_lag)
+        )
         committed = is_nearer and not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
@@ -352,17 +361,16 @@ class Recalibration:
         """The better of consistent statistics and those of one pass, and its loss."""
         assert self._validation is not None
         loss = self._validation.inference_loss(solution.statistics)
-        if self._refine == "auto" and solution.measured.batches > 1:
+        # Of a single layer both are the same.
+        if self._refine == "auto" and len(self._targets) > 1:
+            read = self._batches.first(solution.measured.own_batches)
             by_batch = by_passes(
-                self._population,
-                self._batches.first(solution.measured.own_batches),
-                old,
-                refine=0,
-                progress=progress,
+                self._population, read, old, refine=0, progress=progress
             )
             other = self._validation.inference_loss(by_batch.statistics)
-            if _is_worse(loss, other):
-                return by_batch, other
+            if other is not None and _is_worse(loss, (1 + SAME_LOSS) * other):
+                left = residuals(self._population, read, by_batch.statistics, progress)
+                return replace(by_batch, residuals=left), other
         return solution, loss
 
     def _write(

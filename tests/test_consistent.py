@@ -282,7 +282,7 @@ def test_validation_data_choose_between_one_pass_and_all_data() -> None:
         model.set_weights(start)
         report = recalibrate(model, x, validation_data=(x, targets), verbose=0)
         assert report.loss_after < 1e-6, kind
-        assert (report.residual is None) == (kind == "one pass")
+        assert (report.residual > 0.01) == (kind == "one pass")
 
 
 # The parts.

@@ -282,14 +282,26 @@ def by_passes(
     first = population.measure(batches, until=until, show=progress.show)
     new = storable(layers, first.moments, old)
     read = batches.first(first.own_batches)
-    residuals: list[float | None] = [None] * len(layers)
-    for number in range(refine + 1 if refine else 0):
-        progress.begin("refining" if number < refine else "checking")
+    for _ in range(refine):
+        progress.begin("refining")
         seen = population.measure(read, new, show=progress.show).moments
-        residuals = lags(layers, seen, new)
-        if number < refine:
-            new = storable(layers, seen, new)
-    return Solution(new, first, residuals)
+        new = storable(layers, seen, new)
+    left: list[float | None] = [None] * len(layers)
+    if refine:
+        left = residuals(population, read, new, progress)
+    return Solution(new, first, left)
+
+
+def residuals(
+    population: Population,
+    batches: Batches | First,
+    statistics: list[Statistics],
+    progress: Progress,
+) -> list[float | None]:
+    """What inference has of each layer, held against what it stores, in one pass."""
+    progress.begin("checking")
+    seen = population.measure(batches, statistics, show=progress.show).moments
+    return lags(population.layers, seen, statistics)
 
 
 def _layer_by_layer(

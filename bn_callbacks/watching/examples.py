@@ -4,12 +4,17 @@ import keras
 
 from bn_callbacks.layers import BatchNormLayer, LossMetric, replicas
 
+STEADY = 0.3
+"""How far the mean sizes of a part and of the whole of an epoch may differ."""
+
 
 class ExampleCounter:
     """Finds the batch size from the number of examples that Keras' metrics count.
 
     It is known or it is not: a count that falls (an `evaluate` in a hook, which sets
-    metrics back), or that is no multiple of the steps, leaves it unknown. Of several
+    metrics back) leaves it unknown. So does one that is no multiple of the steps,
+    unless several looks find about the same number of examples a step: then batches
+    differ in size, as where each is an utterance, and it is their mean. Of several
     replicas, the batch size of each.
 
     Args:
@@ -23,6 +28,7 @@ class ExampleCounter:
         self._last = 0.0
         self._steps = 0
         self._is_sure = False
+        self._means: list[tuple[int, float]] = []
         self.batch_size: float | None = None
         self.last_batch_size: float | None = None
 
@@ -35,7 +41,7 @@ class ExampleCounter:
     def begin(self) -> None:
         """Looks before the first step of an epoch."""
         self._begin = self._last = self._loss.examples() or 0.0
-        self._steps, self._is_sure = 0, False
+        self._steps, self._is_sure, self._means = 0, False, []
 
     def observe(self, steps: int) -> None:
         """Looks after `steps` steps of an epoch, all with full batches.
@@ -44,11 +50,15 @@ class ExampleCounter:
         """
         if steps == 0 or (self._is_sure and steps < 2 * self._steps):
             return
-        size = self._each(steps)
-        if size is None or (self._is_sure and size != self.batch_size):
+        seen = self._seen()
+        if seen is None:
             self._forget()
             return
-        self.batch_size, self._is_sure, self._steps = size, True, steps
+        self._means.append((steps, seen / steps))
+        size = self._whole(seen / steps)
+        is_other = bool(self._steps) and size != self.batch_size
+        self._is_sure = size is not None and not is_other
+        self.batch_size, self._steps = size if self._is_sure else None, steps
 
     def finish(self, steps: int | None) -> None:
         """Looks after all steps of an epoch, the last of which may be a smaller one."""
@@ -56,9 +66,10 @@ class ExampleCounter:
         seen = self._seen()
         if not steps or seen is None:
             self._forget()
+        elif not self._is_sure and steps == 1:
+            self.batch_size = self._whole(seen)
         elif not self._is_sure:
-            # An epoch of a single look: its batches may be of any size.
-            self.batch_size = self._whole(seen / steps) if steps == 1 else None
+            self.batch_size = self._mean(steps, seen / steps)
         elif self.batch_size is not None:
             last = seen - self.batch_size * (steps - 1)
             if not 0.5 < last <= self.batch_size:
@@ -69,9 +80,12 @@ class ExampleCounter:
     def _forget(self) -> None:
         self.batch_size = self.last_batch_size = self._begin = None
 
-    def _each(self, steps: int) -> float | None:
-        seen = self._seen()
-        return None if seen is None else self._whole(seen / steps)
+    def _mean(self, steps: int, size: float) -> float | None:
+        """The mean size of batches that differ; None where looks do not agree on it."""
+        # Those of few steps say little yet.
+        means = [mean for count, mean in self._means if count >= steps / 4]
+        is_steady = all(abs(mean / size - 1) < STEADY for mean in means)
+        return size if len(means) >= 2 and size >= 2 and is_steady else None
 
     def _whole(self, size: float) -> float | None:
         return round(size) if size >= 1 and abs(size - round(size)) < 1e-3 else None
