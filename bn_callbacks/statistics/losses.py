@@ -164,6 +164,7 @@ class Family(enum.Enum):
     HELPED = "the gap is small, and still recalibrating helps"
     BATCHES = "no fixed statistics can do what those of batches do"
     ADAPTED = "recalibrating would harm: the weights have adapted to what is stored"
+    UNCLEAR = "there is a gap, but so few batches prove none"
 
 
 class Row(NamedTuple):
@@ -219,6 +220,12 @@ def _adapted(seen: Losses) -> bool:
     return seen.exceeds("recalibrated", "inference", HARM_LIMIT)
 
 
+def _unclear(seen: Losses) -> bool:
+    """I > B, though chance may do it: what windows prove by themselves stands."""
+    gap = seen.ratio("inference", "batch")
+    return gap is not None and gap > GAP_LIMIT
+
+
 STALE_CAUSES = frozenset(
     {
         WARMING_UP,
@@ -263,6 +270,7 @@ FAMILIES = (
     Row(Family.HELPED, _helped, STALE_CAUSES),
     Row(Family.BATCHES, _batches, BATCH_CAUSES),
     Row(Family.ADAPTED, _adapted, ADAPTED_CAUSES),
+    Row(Family.UNCLEAR, _unclear, frozenset({NON_FINITE, CORRELATED_BATCHES})),
     Row(Family.INNOCENT, lambda seen: True, frozenset({NON_FINITE})),
 )
 """The first row that fits decides. Remedies: nothing for innocent BN; recalibrate stale

@@ -62,7 +62,7 @@ def test_a_ratio_counts_only_beyond_three_standard_errors_of_the_difference():
     error = gap.std(ddof=1) / math.sqrt(8)
     assert 2 * error < gap.mean() < STANDARD_ERRORS * error
     assert (1 + gap.mean()) > GAP_LIMIT
-    assert Losses.of(batch, batch + gap, batch).family is Family.INNOCENT
+    assert Losses.of(batch, batch + gap, batch).family is Family.UNCLEAR
     # The same gap in every batch is sure.
     assert Losses.of(batch, batch + gap.mean(), batch).family is Family.STALE
 
