@@ -287,7 +287,8 @@ class Recalibration:
         progress.end()
         residual = known(solution.residuals)
         is_nearer = (
-            self._validation is not None  # Then the loss decides.
+            self._validation is not None  # Then the loss decides,
+            or self._refine != "auto"  # or the user has decided.
             or residual is None
             or residual < max(RESIDUAL_LIMIT, before.max_lag)
         )

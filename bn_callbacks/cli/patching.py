@@ -71,6 +71,8 @@ class SavedStatistics:
         as it likes. So a copy of the file gets a number in each array that might be
         one, and what Keras has loaded into the variables tells.
         """
+        if not wanted:
+            return {}
         shapes = {self._old[i].shape for i in wanted}
         weights = folder / "marked.h5"
         _extract(self._source, weights)

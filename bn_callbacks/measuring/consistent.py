@@ -45,6 +45,9 @@ from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 RESIDUAL_LIMIT = 1e-3
 """Lag in inference mode at which the fixed point is taken to hold."""
 
+OVERFLOW = float(np.finfo(np.float32).max)
+"""From here on no float32 holds a value."""
+
 MAX_FAILURES = 3
 """Corrections that may fail before the sample is given up."""
 
@@ -102,7 +105,8 @@ def consistent(
         ValueError: Something in the data is not finite, whatever the statistics.
     """
     layers = population.layers
-    model = _Model(population, batches, old, most)
+    with population.team.agreed():
+        model = _Model(population, batches, old, most)
     source: Batches | First | Sample = model.sample
     given = model.solve()
     if given is None:
@@ -209,14 +213,9 @@ class _Model:
         if not self.is_fair:
             return None
         otherwise = self._old if last is None else last.statistics
-        self._seen_with = [
-            bn.rounded(statistics)
-            for bn, statistics in zip(
-                self._population.layers,
-                mix.applied(filled(self._seen, otherwise)),
-                strict=True,
-            )
-        ]
+        solved = mix.applied(filled(self._seen, otherwise))
+        layers = self._population.layers
+        self._seen_with = rounded(layers, fallback(solved, otherwise))
         return self._seen_with
 
     def fail(self) -> None:
@@ -360,10 +359,16 @@ def filled(
     Nothing is measured of what the data never reach, nor where statistics of the layers
     before, not yet right, have made the activations overflow.
     """
+    return fallback([one.statistics for one in moments], otherwise)
+
+
+def fallback(
+    wanted: Sequence[Statistics], otherwise: Sequence[Statistics]
+) -> list[Statistics]:
+    """Statistics, or others where they are no numbers or overflow a float32."""
     result = []
-    for one, other in zip(moments, otherwise, strict=True):
-        mean, variance = one.statistics
-        known = np.isfinite(mean) & np.isfinite(variance)
+    for (mean, variance), other in zip(wanted, otherwise, strict=True):
+        known = (np.abs(mean) < OVERFLOW) & (variance < OVERFLOW)
         result.append(
             Statistics(
                 np.where(known, mean, other.mean),
@@ -379,8 +384,14 @@ def storable(
     otherwise: Sequence[Statistics],
 ) -> list[Statistics]:
     """What each layer would store: what was measured, or else what it had."""
-    pairs = zip(layers, filled(moments, otherwise), strict=True)
-    return [bn.rounded(statistics) for bn, statistics in pairs]
+    return rounded(layers, filled(moments, otherwise))
+
+
+def rounded(
+    layers: Sequence[BatchNormLayer], statistics: Sequence[Statistics]
+) -> list[Statistics]:
+    """Statistics as the layers store them."""
+    return [bn.rounded(one) for bn, one in zip(layers, statistics, strict=True)]
 
 
 def lags(

@@ -266,9 +266,8 @@ def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
     kept, count = [], 0
     for batch in Batches(data, steps=endless, inputs=inputs):
         kept.append(batch)
-        leaf = tf.nest.flatten(batch[0])[0]
         # What is not in batches is refused later, with its reason.
-        count += int(leaf.shape[0] or 0) if leaf.shape.rank else SAMPLE
+        count += examples_in(batch) or SAMPLE
         if count >= SAMPLE:
             break
     return Kept(kept), True

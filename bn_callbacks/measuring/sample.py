@@ -42,7 +42,8 @@ def _free_memory() -> float:
 
 def examples_in(batch: Batch) -> int:
     """Number of examples in a batch."""
-    shape = tf.nest.flatten(batch[0])[0].shape
+    leaves = (leaf for leaf in tf.nest.flatten(batch[0]) if leaf is not None)
+    shape = next(leaves).shape
     return int(shape[0] or 0) if shape.rank else 0
 
 
