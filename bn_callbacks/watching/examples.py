@@ -82,10 +82,12 @@ class ExampleCounter:
 
     def _mean(self, steps: int, size: float) -> float | None:
         """The mean size of batches that differ; None where looks do not agree on it."""
+        if size < 2:
+            return None
         # Those of few steps say little yet.
         means = [mean for count, mean in self._means if count >= steps / 4]
         is_steady = all(abs(mean / size - 1) < STEADY for mean in means)
-        return size if len(means) >= 2 and size >= 2 and is_steady else None
+        return size if len(means) >= 2 and is_steady else None
 
     def _whole(self, size: float) -> float | None:
         return round(size) if size >= 1 and abs(size - round(size)) < 1e-3 else None
