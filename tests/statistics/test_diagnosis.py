@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bn_callbacks.statistics import causes
-from bn_callbacks.statistics.advice import advise
+from bn_callbacks.statistics.advice import _distance, advise
 from bn_callbacks.statistics.diagnosis import (
     DESIGN_LIMIT,
     DOMINANCE_LIMIT,
@@ -16,7 +16,7 @@ from bn_callbacks.statistics.diagnosis import (
     diagnose,
     diagnose_model,
 )
-from bn_callbacks.statistics.evidence import Evidence, is_negative, measure
+from bn_callbacks.statistics.evidence import Evidence, _factor, is_negative, measure
 from bn_callbacks.statistics.losses import CAUSES_OF, Family
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import average_noise, window_noise
@@ -458,3 +458,15 @@ def test_limits_lie_between_what_was_measured():
     assert 1.4 < VARIATION_LIMIT < 7
     assert 3.3 < DOMINANCE_LIMIT < 30
     assert diagnose_model([]) == []
+
+
+def test_what_is_not_known_of_a_layer_explains_nothing() -> None:
+    unknown = replace(HEALTHY, start=None, is_pinned=True)
+    assert diagnose_model([unknown])[0].cause == causes.HEALTHY
+    assert _distance(unknown) == 0.0
+    assert measure(replace(HEALTHY, updates=None)).figures.start_weight is None
+
+
+def test_infinite_statistics_have_no_factor() -> None:
+    wide = Statistics(np.zeros(CHANNELS), np.full(CHANNELS, np.inf))
+    assert _factor(replace(HEALTHY, moving=wide, is_entry=True)) is None

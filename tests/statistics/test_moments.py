@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from bn_callbacks.statistics.moments import (
     Moments,
     Statistics,
+    is_finite,
     pool,
     pool_batches,
     pool_replicas,
@@ -303,3 +304,9 @@ def test_statistics_of_replicas_pool_to_those_of_all_their_values(seed, replicas
     whole = Moments.from_values(values).statistics
     for actual, expected in zip(pool_replicas(each), whole, strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_with_a_nan_are_not_finite():
+    one = Statistics(np.zeros(2), np.ones(2))
+    assert is_finite([one, one])
+    assert not is_finite([one, Statistics(np.array([0.0, np.nan]), np.ones(2))])

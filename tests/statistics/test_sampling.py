@@ -8,6 +8,7 @@ from bn_callbacks.statistics.sampling import (
     MAX_BLOCKS,
     MIN_BLOCKS,
     Blocks,
+    design_effect,
     standard_error,
 )
 
@@ -96,3 +97,11 @@ def test_the_scatter_of_few_blocks_has_the_correction_of_bessel():
     of_scale = 8 / 7 * np.sum((second - sigma2) ** 2) / 64 / (2 * sigma2) ** 2
     expected = np.sqrt(of_mean + of_scale)
     assert standard_error(blocks, 0.0) == pytest.approx(expected)
+
+
+def test_few_batches_or_constant_channels_have_no_design_effect():
+    few = Moments.from_values(np.arange(7.0)[:, None])
+    many = Moments.from_values(np.arange(9.0)[:, None])
+    constant = Moments.from_values(np.ones((9, 1)))
+    assert design_effect(few, many, 32) is None
+    assert design_effect(many, constant, 32) is None
