@@ -316,7 +316,7 @@ class Recalibration:
             _undo=lambda: restore(saved),
         )
         if not is_nearer:
-            warnings.warn(f"{report.notes[0]}", BatchNormWarning, stacklevel=3)
+            warnings.warn(report.notes[0], BatchNormWarning, stacklevel=3)
         if show:
             print(report)
         return report
