@@ -67,11 +67,6 @@ class Measurement:
     losses: NDArray[np.float64]
     design_effect: float | None = None
 
-    @property
-    def statistics(self) -> list[Statistics]:
-        """Mean and variance of each layer's input."""
-        return [moments.statistics for moments in self.moments]
-
 
 @dataclass(frozen=True, eq=False)
 class _Results:
