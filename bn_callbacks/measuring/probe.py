@@ -42,6 +42,13 @@ class Reading:
     inferred: dict[BatchNormLayer, Statistics]
     scatter: dict[BatchNormLayer, Scatter | None]
 
+    def design_effect(self, bn: BatchNormLayer) -> float | None:
+        """How much more a layer's batches differ than random ones of their size."""
+        found = self.scatter.get(bn)
+        if found is None:
+            return None
+        return found.mean * max(float(self.losses.weights.mean()) - 1, 0.0)
+
 
 class EachBatch:
     """Keeps the moments of the batches of a pass, for their scatter.

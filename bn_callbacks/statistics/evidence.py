@@ -64,6 +64,8 @@ class Evidence:
         has_mixed_calls: Whether one step calls the layer several times.
         are_weights_replaced: Whether weights changed after the last update.
         is_grouped: Whether batches have been proven to be no random sample before.
+        probe_effect: Design effect of the batches of a probe, through which the weights
+            do not move, and whose sizes are known.
         family: What the losses of the model prove.
         threshold: Lag above which something is said.
     """
@@ -98,6 +100,7 @@ class Evidence:
     has_mixed_calls: bool = False
     are_weights_replaced: bool = False
     is_grouped: bool = False
+    probe_effect: float | None = None
     family: Family = Family.UNKNOWN
     threshold: float = DEFAULT_THRESHOLD
 

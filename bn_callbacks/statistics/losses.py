@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bn_callbacks.statistics.causes import (
+    BATCH_DEPENDENT,
     CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,
@@ -250,6 +251,7 @@ STALE_CAUSES = frozenset(
 )
 BATCH_CAUSES = frozenset(
     {
+        BATCH_DEPENDENT,
         CORRELATED_BATCHES,
         MIXED_CALLS,
         TINY_BATCH,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.causes import (
+    BATCH_DEPENDENT,
     CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,
@@ -32,6 +33,7 @@ TURBULENT = frozenset({DRIFTING, NOISY, STALE})
 
 UNCURABLE = frozenset(
     {
+        BATCH_DEPENDENT,
         CORRELATED_BATCHES,
         INFERENCE_MODE,
         MIXED_CALLS,

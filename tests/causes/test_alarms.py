@@ -1,5 +1,6 @@
 """Many healthy trainings, each with a seed of its own: nobody is to be alarmed."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,27 @@ FEW, MANY = 2, 50
 Training = Callable[[list[Any]], Any]
 
 
+@functools.cache
+def traced(width: int, momentum: float, rate: float) -> keras.Model:
+    """A model for all seeds, whose step and losses need to be traced only once."""
+    model = mlp(8, width=width, momentum=momentum)
+    return compiled(model, keras.optimizers.Adam(rate))
+
+
+def renewed(*kind: Any) -> keras.Model:
+    """That model as if it were new: other weights, an optimizer that has no past."""
+    model = traced(*kind)
+    model.set_weights(keras.models.clone_model(model).get_weights())
+    for variable in model.optimizer.variables:
+        if variable is not model.optimizer._learning_rate:
+            variable.assign(keras.ops.zeros_like(variable))
+    return model
+
+
 def stationary(seed: int) -> tuple[Training, Any]:
     """A long run that has come to rest."""
     x, y = table(2048, seed=seed)
-    model = compiled(mlp(8, width=16, momentum=0.95), keras.optimizers.Adam(0.002))
+    model = renewed(16, 0.95, 0.002)
     model.fit(x, y, epochs=10, verbose=0)
     return fitter(model, x, y, epochs=4), (x[:256], y[:256])
 
@@ -24,14 +42,14 @@ def stationary(seed: int) -> tuple[Training, Any]:
 def wobbling(seed: int) -> tuple[Training, Any]:
     """A net that fits nearly all: its tiny loss wobbles from epoch to epoch."""
     x, y = table(512, mean=0.0, std=1.0, seed=seed)
-    model = compiled(mlp(8, width=24, momentum=0.9), keras.optimizers.Adam(0.002))
+    model = renewed(24, 0.9, 0.002)
     return fitter(model, x, y, epochs=60, batch_size=32), (x[:256], y[:256])
 
 
 def replayed(seed: int) -> tuple[Training, Any]:
     """A `fit` of one step on each of many minibatches."""
     x, y = table(2048, seed=seed)
-    model = compiled(mlp(8, width=16, momentum=0.95), keras.optimizers.Adam(0.001))
+    model = renewed(16, 0.95, 0.001)
     model.fit(x, y, epochs=12, verbose=0)
     draw, size = rng(seed), (16, 32)[seed % 2]
 
@@ -46,7 +64,7 @@ def replayed(seed: int) -> tuple[Training, Any]:
 def by_hand(seed: int) -> tuple[Training, Any]:
     """`train_on_batch` under a `CallbackList`, `evaluate` in between."""
     x, y = table(2048, seed=seed)
-    model = compiled(mlp(8, width=16, momentum=0.95), keras.optimizers.Adam(0.002))
+    model = renewed(16, 0.95, 0.002)
     model.fit(x, y, epochs=8, verbose=0)
 
     def fit(callbacks: list[Any]) -> None:
@@ -74,7 +92,6 @@ KINDS = [stationary, wobbling, replayed, by_hand]
 
 def messages(kind: Any, seed: int) -> tuple[list[str], list[str]]:
     """What two monitors say, with a probe and without."""
-    keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     fit, probe = kind(seed)
     monitors = [Listening(probe=probe), Listening()]
