@@ -212,12 +212,12 @@ _PLAIN_ADVICE = {
         "Clean, clip or regroup the data; recalibrate only then."
     ),
     BATCH_DEPENDENT: (
-        "With the statistics of its own batch the model does what no fixed statistics "
-        "can do, and nothing shows why: batches do not differ more than random ones, or "
-        "their size is not known. Try whether shuffled or larger batches, or a layer for "
-        "each kind of input, close the gap between training and inference. Recalibrating "
-        "helps in part, or harms: let it measure "
-        "(`recalibrate(model, x, validation_data=...)`)."
+        "With the statistics of its own batch the model does what it cannot do with "
+        "any fixed ones, and nothing shows why: batches differ no more than random "
+        "ones, or their size is not known. Try whether shuffled or larger batches, or "
+        "a layer for each kind of input, close the gap; targets that depend on the "
+        "other examples of a batch keep it open. Recalibrating helps in part, or "
+        "harms: let it measure (`recalibrate(model, x, validation_data=...)`)."
     ),
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "

@@ -1,9 +1,9 @@
 """From what was seen of one layer to the cause of its lag.
 
 The losses, where they are known, decide from which family a cause may come (`FAMILIES`
-in `losses.py`); the rules below name one that is seen at work; where the statistics are
-stale and nothing shows how that came, the cause is `stale`, and where no fixed ones will
-do and nothing shows why, `batch_dependent`.
+in `losses.py`); the rules below name one that is seen at work. What the losses prove,
+though nothing shows how it came, is `stale` where recalibrating cures, and
+`batch_dependent` where no fixed statistics will do.
 """
 
 import math
