@@ -24,6 +24,11 @@ from bn_callbacks.statistics.scatter import Scatter, scatter
 SOLVED = 0.01
 """Residual, in standard deviations, up to which R is taken to be that."""
 
+MOST_PASSES = 4
+"""Passes at most to find the statistics of R, where the examples do not solve
+themselves in one: a monitor measures at each epoch's end, and where R costs more than B
+and I, it has its limit here (docs/benchmarks.md)."""
+
 SAMPLE = 512
 """Examples of a dataset that make a probe: its first batches, in their order."""
 
@@ -217,7 +222,9 @@ def _consistent_losses(
             return measured.losses[:, 0]
     try:
         progress = Progress(False, batches.length)
-        given = consistent(solver, batches, start, progress=progress).statistics
+        given = consistent(
+            solver, batches, start, limit=SOLVED, passes=MOST_PASSES, progress=progress
+        ).statistics
     except ValueError:
         return np.zeros(0)
     return population.measure(batches, given).losses[:, 0]

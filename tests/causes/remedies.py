@@ -254,7 +254,7 @@ def in_one_call(case: Case, said: Said) -> Run:
 def with_training(case: Case, said: Said) -> Run:
     """The step of Keras, which passes `training` on."""
     made = kit.build(case)
-    return on_another(made, keras.Model(made.model.inputs, made.model.outputs))
+    return on_another(made, keras.Model(made.model.inputs[0], made.model.outputs[0]))
 
 
 def frozen(case: Case, said: Said) -> Run:
