@@ -58,10 +58,10 @@ PAGE = """\
 The three losses of a probe of {examples} examples in batches of {batch}, as they are
 measured at each epoch's end, traced before: CPU time, which other work on the machine
 disturbs less, medians of {repeats}. **B** and **I** are a pass each. For **R** the
-examples are run as one batch and then measured with what that has shown; where layers are
-called several times, which no one batch can stand for, at most {most} passes look for
-statistics that suit all calls. *Steps* is what all of it takes in training steps on such
-a batch.
+examples are run as one batch and then measured with what that has shown; where layers
+are called several times, which no one batch can stand for, at most {most} passes look
+for statistics that suit all calls. *Steps* is what all of it takes in training steps on
+such a batch.
 
 {rows}
 """
