@@ -49,21 +49,24 @@ STATISTICAL = (WARMING_UP, NOISY, DRIFTING, STALE)
 DATA_CAUSES = (TINY_BATCH, OUTLIERS, CORRELATED_BATCHES)
 """Causes that lie in the batches, and so reach every layer."""
 
+# tests/benchmarks/limits.py measures what the limits lie between; docs/benchmarks.md
+# has the figures.
+
 PROVEN = 0.25
 """Share of the threshold that a mechanism must reach to explain a proven gap."""
 
 DESIGN_LIMIT = 7.0
 """Design effect that proves grouped batches: random ones have 1, drift has reached
-4.6, grouped ones began at 12 (CAUSES); this is the geometric middle of the latter."""
+4.6, grouped ones began at 12; this is the geometric middle of the latter."""
 
 APART_LIMIT = 2.5
 """Design effect that shows grouped batches where the losses have proven that no fixed
-statistics will do, which drift does not bring about: random batches reach 2.5 at most
-(CAUSES)."""
+statistics will do, which drift does not bring about: random batches reach 2.5 at
+most."""
 
 VARIATION_LIMIT = 3.0
-"""Variation of batch variances that outliers cause: 7 with outliers, at most 1.4
-elsewhere (CAUSES); this is the geometric middle."""
+"""Variation of batch variances that outliers cause: 7 with outliers, at most 1.5
+elsewhere; this is the geometric middle."""
 
 DOMINANCE_LIMIT = 20.0
 """Largest batch variance over a usual one that outliers cause: recordings whose
@@ -357,7 +360,9 @@ def _dominant(cause: str) -> Rule:
 
 
 SEEN = 4.0
-"""How many times a seen error a distance may be for that error to explain it."""
+"""How many times a seen error a distance may be for that error to explain it: it is 1
+where the start or drift is the cause, and far more where an average is off though
+nothing moves (tests/benchmarks/limits.py)."""
 
 
 def _rest(seen: Evidence, measured: Measured) -> bool:

@@ -135,13 +135,18 @@ def compiled_and_trained(run: Run) -> Run:
 
 
 def on_another(run: Run, model: keras.Model) -> Run:
-    """The same training of another model, which has yet to be compiled."""
-    optimizer = run.model.optimizer
-    optimizer = type(optimizer).from_config(optimizer.get_config())
-    compiled(model, optimizer, run.model.loss)
+    """The same training of another model."""
+    if not model.compiled:
+        compiled_like(run.model, model)
     other = dataclasses.replace(run.fit, model=model)
     other([])
     return dataclasses.replace(run, model=model, fit=other)
+
+
+def compiled_like(model: keras.Model, other: keras.Model) -> keras.Model:
+    """The other model, compiled as this one is."""
+    optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+    return compiled(other, optimizer, model.loss)
 
 
 def cloned(model: keras.Model, instead: Callable[[Any], Any]) -> keras.Model:
@@ -171,7 +176,9 @@ def changed(**config: Any) -> Callable[[Any], Any]:
 def synchronized(case: Case, said: Said) -> Run:
     made = kit.build(case)
     with mirrored(2).scope():
-        return on_another(made, cloned(made.model, changed(synchronized=True)))
+        other = cloned(made.model, changed(synchronized=True))
+        compiled_like(made.model, other)
+    return on_another(made, other)
 
 
 REMEDIES = (

@@ -77,7 +77,7 @@ def test_what_makes_batches_differ_in_both_modes_does_not_count():
 
 
 def test_a_single_batch_needs_more():
-    assert not losses(1.0, 1.9, 1.0, np.ones(1)).exceeds("inference", "batch", 1.4)
+    assert not losses(1.0, 2.2, 1.0, np.ones(1)).exceeds("inference", "batch", 1.4)
     assert losses(1.0, LONELY_LIMIT, 1.0, np.ones(1)).family is Family.STALE
 
 
