@@ -1,4 +1,4 @@
-"""The vocabulary of diagnosis: what may be wrong with a layer (DESIGN)."""
+"""The vocabulary of diagnosis: what may be wrong with a layer (docs/causes.md)."""
 
 HEALTHY = "healthy"
 WARMING_UP = "warming_up"

@@ -331,8 +331,8 @@ def _variance_of_means(seen: Evidence, stream: Stream | None) -> float | None:
 
 
 CORRECTED = 4.0
-"""How many times the variance that a few batches have shown windows may show: of grouped
-batches they show less, of weights that leap hundreds of times as much
+"""How many times the variance that a few batches have shown windows may show: of
+grouped batches they show less, of weights that leap hundreds of times as much
 (tests/benchmarks/limits.py)."""
 
 
