@@ -9,11 +9,10 @@ import keras
 import kit
 import numpy as np
 import tensorflow as tf
-from cluster import mirrored
 from kit import Case, Run, compiled
 
 from bn_callbacks import DebiasBatchNorm, RecalibrateBatchNorm, recalibrate
-from bn_callbacks.layers import find
+from bn_callbacks.layers import find, strategy
 
 layers = keras.layers
 BN = layers.BatchNormalization
@@ -175,7 +174,7 @@ def changed(**config: Any) -> Callable[[Any], Any]:
 
 def synchronized(case: Case, said: Said) -> Run:
     made = kit.build(case)
-    with mirrored(2).scope():
+    with strategy(made.model).scope():
         other = cloned(made.model, changed(synchronized=True))
         compiled_like(made.model, other)
     return on_another(made, other)
