@@ -148,6 +148,15 @@ def compiled_like(model: keras.Model, other: keras.Model) -> keras.Model:
     return compiled(other, optimizer, model.loss)
 
 
+def as_saved(model: keras.Model) -> keras.Model:
+    """What somebody who loads the model gets: the first replica's values alone."""
+    if strategy(model) is None:
+        return model
+    other = compiled_like(model, keras.models.clone_model(model))
+    other.set_weights(model.get_weights())
+    return other
+
+
 def cloned(model: keras.Model, instead: Callable[[Any], Any]) -> keras.Model:
     """A new model like this one, with something else for each BN layer."""
     return keras.models.clone_model(

@@ -12,7 +12,7 @@ import kit
 import pytest
 from cases import CASES
 from kit import Case, Listening, Run
-from remedies import REMEDIES, SPECIAL, halves
+from remedies import REMEDIES, SPECIAL, as_saved, halves
 
 from bn_callbacks.statistics.losses import CAUSES_OF, Family
 
@@ -50,8 +50,9 @@ IN_AN_AUDIT = {"stale", "rescaled_inputs"}
 def loss(run: Run) -> float:
     """In inference mode, on the half that nothing was measured on; no penalties."""
     _, held_out = halves(run.probe)
-    found = run.model.evaluate(*held_out, verbose=0, return_dict=True)["loss"]
-    return float(found) - float(sum(run.model.losses))
+    model = as_saved(run.model)
+    found = model.evaluate(*held_out, verbose=0, return_dict=True)["loss"]
+    return float(found) - float(sum(model.losses))
 
 
 def offered(message: str, case: Case) -> dict[str, Callable[[], tuple[Run, bool]]]:
