@@ -7,7 +7,7 @@ import pytest
 from cases import CASES
 from kit import Case, Outcome
 
-# Some eight minutes; `.ci/run` runs all benchmarks of this folder.
+# Some eight minutes, in which `.ci/run` has another process for test_alarms.py.
 pytestmark = pytest.mark.benchmark
 
 SCORED = [case for case in CASES if case.scored]

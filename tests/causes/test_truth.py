@@ -5,7 +5,7 @@ import truth
 from cases import CASES
 from kit import Case
 
-# As long as those of test_causes.py, beside which another process runs them.
+# Some eight minutes. Not in `.ci/run`, for it can only change with the cases.
 pytestmark = pytest.mark.benchmark
 
 
