@@ -129,12 +129,12 @@ def queries(count: int, size: int, seed: int) -> tuple[Any, Any]:
 
 @cases.problem("batch_dependent")
 def places_among_the_documents_of_a_query() -> Run:
-    x, y = queries(200, 8, seed=31)
+    x, y = queries(120, 8, seed=31)
     model = keras.Sequential(
         [keras.Input((5,)), BN(momentum=0.95), layers.Dense(16), layers.Dense(1)]
     )
     compiled(model, keras.optimizers.Adam(0.01))
-    fit = fitter(model, x, y, epochs=6, batch_size=8, shuffle=False)
+    fit = fitter(model, x, y, epochs=5, batch_size=8, shuffle=False)
     return Run(model, fit, (x[:512], y[:512]), 8)
 
 
