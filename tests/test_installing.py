@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import bn_callbacks
 from bn_callbacks.installing import NotInstalledError, import_with_advice
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 HIDDEN = "import sys; sys.modules['tensorflow'] = None\n"
 """Python takes a module that is None for one that is not there."""
 INSTALL = 'python -m pip install "bn-callbacks[tensorflow]"'
@@ -125,17 +127,32 @@ def test_beside_tensorflow_cpu_no_second_tensorflow_is_installed(wheel, tmp_path
     assert tensorflows(names) == {"tensorflow-cpu"}
 
 
-@pytest.mark.slow
-def test_tensorflow_comes_with_extras_alone(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        metadata = archive.read(name).decode()
+        return archive.read(name).decode()
+
+
+@pytest.mark.slow
+def test_tensorflow_comes_with_extras_alone(metadata):
     extras = re.findall(
         r"^Requires-Dist: tensorflow\S*; extra == '(\w+)'", metadata, re.M
     )
     assert sorted(extras) == ["demo", "dev", "tensorflow", "test"]
     core = re.findall(r"^Requires-Dist: ([\w-]+)>=\S+$", metadata, re.M)
     assert core == ["keras", "numpy", "tensorboard"]
+
+
+@pytest.mark.slow
+def test_the_text_for_a_package_index_needs_no_file_of_the_clone(metadata):
+    fields, _, text = metadata.partition("\n\n")
+    assert f"\nVersion: {bn_callbacks.__version__}\n" in fields
+    assert text.startswith("# bn_callbacks\n")
+    assert not re.search(r"\]\((?!https?:)|<!--|<img|\.\[|From a clone", text)
+    assert 'pip install "bn-callbacks[tensorflow]"' in text
+    for title in re.findall(r"^## .*$", README.read_text("utf-8"), re.MULTILINE):
+        assert (title in text) == (title != "## Documentation")
 
 
 @pytest.mark.slow

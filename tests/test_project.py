@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bn_callbacks import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bn_callbacks"
 
@@ -149,6 +151,18 @@ def test_core_has_three_dependencies_and_no_tensorflow():
     dependencies = re.findall(r'^ *"([\w-]+)>=', block.group(1), re.MULTILINE)
     assert dependencies == ["keras", "numpy", "tensorboard"]
     assert block.group(1).count('"') == 2 * len(dependencies)
+
+
+def test_one_version_and_day_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {__version__}\n" in citation
+    (day,) = re.findall(r"^date-released: (\d{4}-\d\d-\d\d)$", citation, re.MULTILINE)
+    assert f"\n## [{__version__}] - {day}\n" in (ROOT / "CHANGELOG.md").read_text(
+        "utf-8"
+    )
+    # Whatever else names a version gets it from there.
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert not re.search(r"^version =", pyproject, re.MULTILINE)
 
 
 def test_picture_of_the_house_shows_the_modules_that_exist():
