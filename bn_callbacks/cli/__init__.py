@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import os
 import sys
 import traceback
@@ -19,6 +18,7 @@ from bn_callbacks.cli.ending import (
 from bn_callbacks.cli.errors import one_line
 from bn_callbacks.cli.options import parse
 from bn_callbacks.cli.paths import check_paths
+from bn_callbacks.installing import import_with_advice
 
 ERROR = 2
 INTERRUPTED = 130
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         check_paths(options)
         with _one_line_warnings(), _quiet_stdout(options):
             _import_tensorflow(options.debug)
-            command = importlib.import_module(f"{__name__}.{options.command}")
+            command = import_with_advice(f"{__name__}.{options.command}")
             status: int = command.run(options)
     except KeyboardInterrupt:
         return _stopped(options, "interrupted", INTERRUPTED)
@@ -116,7 +116,7 @@ def _import_tensorflow(is_loud: bool) -> None:
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
-        importlib.import_module("tensorflow")
+        import_with_advice("tensorflow")
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

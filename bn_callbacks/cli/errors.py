@@ -2,10 +2,12 @@
 
 import re
 
+from bn_callbacks.installing import NotInstalledError
+
 LONGEST = 1000
 """Characters of a line; what Keras says may be pages."""
 
-EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
+EXPECTED = (NotInstalledError, OSError, RuntimeError, TypeError, ValueError)
 """What the library, Keras and the operating system raise with a message for users."""
 
 # By the names of their classes, since TensorFlow may not be there yet.
