@@ -15,7 +15,7 @@ from bn_callbacks.cli.ending import (
     lenient_streams,
     say,
 )
-from bn_callbacks.cli.errors import one_line
+from bn_callbacks.cli.errors import CommandError, one_line, with_options
 from bn_callbacks.cli.options import parse
 from bn_callbacks.cli.paths import check_paths
 from bn_callbacks.installing import import_with_advice
@@ -72,6 +72,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.debug:
             traceback.print_exc()
         text = one_line(error)
+        if not isinstance(error, CommandError):  # It is the library's own.
+            text = with_options(text, bool(getattr(options, "validation", None)))
         if options.written:
             say(f"{options.written[-1]} was written. After that: {text}")
             return 0
@@ -99,7 +101,7 @@ def _quiet_stdout(options: argparse.Namespace) -> Any:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any) -> None:
-        say(f"note: {' '.join(str(message).split())}")
+        say(f"note: {with_options(' '.join(str(message).split()))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

@@ -179,11 +179,6 @@ class BatchNormWatch:
         self._fingerprint = Fingerprint(self.model)
         self._weights: NDArray[np.float64] | None = None
 
-    @property
-    def has_layers(self) -> bool:
-        """Whether there is anything to watch, as far as is known."""
-        return self._windows is not None
-
     def begin_epoch(self, epoch: int | None = None) -> None:
         """An epoch begins.
 
