@@ -6,10 +6,11 @@ So the layers are watched while the first step of a training is traced (or run, 
 is not traced). Watching them changes nothing that is computed.
 """
 
+import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,6 +112,8 @@ class CallWatch:
 
     def note(self, layer: keras.layers.Layer, is_update: bool) -> None:
         """Counts a call of the layer, or an update of its statistics."""
+        if getattr(_own, "is_calling", False):
+            return
         graphs = _graphs()
         root = next((each for each in graphs if each.name == STEP), None)
         if root is None:
@@ -134,8 +137,24 @@ class CallWatch:
             tally.unsure.add(layer)
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, this library calls the model, which is no step of anybody's training."""
+    before = getattr(_own, "is_calling", False)
+    _own.is_calling = True
+    try:
+        yield
+    finally:
+        _own.is_calling = before
+
+
+_own = threading.local()
+
 _listeners: WeakKeyDictionary[keras.layers.Layer, list[CallWatch]] = WeakKeyDictionary()
 _NAMES = {"call": False, "_moments": True}
+
+COUNTING = "is_counting"
+"""Marks what stands in for a method to count its calls, and changes nothing in them."""
 
 
 def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
@@ -148,7 +167,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
                 each.note(layer, is_update)
             return own(*args, **kwargs)
 
-        counted.is_counting = True  # type: ignore[attr-defined]
+        setattr(counted, COUNTING, True)
         return counted
 
     for name, is_update in _NAMES.items():
@@ -158,7 +177,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
 
 def _restore(layer: keras.layers.Layer) -> None:
     for name in _NAMES:
-        if hasattr(vars(layer).get(name), "is_counting"):
+        if hasattr(vars(layer).get(name), COUNTING):
             del vars(layer)[name]
 
 

@@ -96,7 +96,8 @@ SAMPLED_VALUES = 256
 
 REPLACED = 0.01
 """Relative change from which weights count as replaced: averages of weights that rest
-differ by thousandths, and do no harm."""
+differ by a ten-thousandth and do no harm, those of weights that move by a tenth
+(tests/benchmarks/limits.py)."""
 
 
 class Fingerprint:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.layers.calls import COUNTING
 from bn_callbacks.layers.find import BatchNormLayer
 
 _NAME = "bn_callbacks_memory"
@@ -65,7 +66,7 @@ def _attributes(layer: keras.layers.Layer) -> dict[str, "str | _Same"]:
     return {
         name: repr(value) if isinstance(value, plain) else _Same(value)
         for name, value in vars(layer).items()
-        if name not in _PASSING
+        if name not in _PASSING and not hasattr(value, COUNTING)
     }
 
 
