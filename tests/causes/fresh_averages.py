@@ -1,4 +1,4 @@
-"""Fresh cases: averages that are too young, too slow, too short, or of other weights."""
+"""Fresh cases: averages too young, too slow, too short, or of other weights."""
 
 from typing import Any
 
@@ -119,7 +119,10 @@ class Triangle(keras.callbacks.Callback):
 @cases.case(
     "drifting",
     recalibrating="cures",
-    cures={"a low rate at the end": {"high": 0.0005}, "momentum 0.8": {"momentum": 0.8}},
+    cures={
+        "a low rate at the end": {"high": 0.0005},
+        "momentum 0.8": {"momentum": 0.8},
+    },
 )
 def cyclic_rate_that_ends_at_its_top(
     high: float = 0.05, momentum: float = 0.99
@@ -162,13 +165,13 @@ def recurrent_net_at_a_high_rate(rate: float = 0.03) -> Trial:
     return Trial(model, fit, (x[:512], y[:512]), held_out=(x[1600:], y[1600:]))
 
 
-def beats(rows: int, seed: int) -> tuple[Any, Any]:
+def beats(rows: int, seed: int, spread: float = 0.8) -> tuple[Any, Any]:
     """Heart beats of three shapes, at any height."""
     draw = rng(seed)
     y = draw.integers(3, size=rows)
     time = np.linspace(-1, 1, 40)
     width = np.array([0.1, 0.25, 0.5])[y][:, None]
-    gain = np.exp(0.8 * draw.normal(size=(rows, 1)))
+    gain = np.exp(spread * draw.normal(size=(rows, 1)))
     x = gain * np.exp(-((time / width) ** 2)) + 0.05 * draw.normal(size=(rows, 40))
     return x[..., None].astype("float32"), y.astype("int32")
 
@@ -181,7 +184,9 @@ def beats(rows: int, seed: int) -> tuple[Any, Any]:
 )
 def momentum_as_pytorch_counts_it(momentum: float = 0.1) -> Trial:
     # nn.BatchNorm1d(momentum=0.1), carried over word for word.
-    x, y = beats(1200, seed=9)
+    # The baseline of each recording wanders.
+    x, y = beats(1200, seed=9, spread=0.3)
+    x = (x + 2 * rng(109).normal(size=(1200, 1, 1))).astype("float32")
     model = keras.Sequential(
         [
             keras.Input((40, 1)),
@@ -199,8 +204,9 @@ def momentum_as_pytorch_counts_it(momentum: float = 0.1) -> Trial:
         ]
     )
     compiled(model, keras.optimizers.Adam(0.002), crossentropy())
-    fit = fitter(model, x, y, epochs=8, batch_size=6)
-    return Trial(model, fit, (x[:300], y[:300]), 6, held_out=beats(600, seed=10))
+    fit = fitter(model, x[:900], y[:900], epochs=10, batch_size=6)
+    held_out = (x[900:], y[900:])
+    return Trial(model, fit, (x[:300], y[:300]), 6, held_out=held_out)
 
 
 def clouds(rows: int, seed: int) -> tuple[Any, Any]:
@@ -272,7 +278,9 @@ class Prune(keras.callbacks.Callback):
                 weight.assign(np.where(np.abs(value) < limit, 0, value))
 
 
-@cases.case("weights_replaced", recalibrating="cures", cures={"no pruning": {"share": 0.0}})
+@cases.case(
+    "weights_replaced", recalibrating="cures", cures={"no pruning": {"share": 0.0}}
+)
 def pruned_when_training_ends(share: float = 0.5) -> Trial:
     x, y = patches(1280, seed=13)
     model = mobile(momentum=0.9)
@@ -285,20 +293,20 @@ def pruned_when_training_ends(share: float = 0.5) -> Trial:
     return Trial(model, fit, (x[:256], y[:256]), held_out=patches(512, seed=14))
 
 
-class Lookahead(keras.callbacks.Callback):
-    """Slow weights, which go a part of the way that each epoch has gone."""
+class UnitNorm(keras.callbacks.Callback):
+    """Scales a hidden layer's matrix to norm 1 after each epoch.
 
-    def __init__(self, part: float) -> None:
+    With BN behind it that changes nothing in training, and all at inference.
+    """
+
+    def __init__(self, acts: bool) -> None:
         super().__init__()
-        self.part = part
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self.slow = [w.numpy() for w in self.model.trainable_weights]
+        self.acts = acts
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        for index, weight in enumerate(self.model.trainable_weights):
-            self.slow[index] += self.part * (weight.numpy() - self.slow[index])
-            weight.assign(self.slow[index])
+        kernel = self.model.get_layer("hidden").kernel
+        if self.acts:
+            kernel.assign(kernel / keras.ops.norm(kernel))
 
 
 def ratings(rows: int, seed: int) -> tuple[Any, Any]:
@@ -314,9 +322,9 @@ def ratings(rows: int, seed: int) -> tuple[Any, Any]:
 
 
 @cases.case(
-    "weights_replaced", recalibrating="cures", cures={"fast weights": {"part": 1.0}}
+    "weights_replaced", recalibrating="cures", cures={"no callback": {"acts": False}}
 )
-def lookahead_by_epochs_in_a_recommender(part: float = 0.3) -> Trial:
+def recommender_whose_matrix_is_kept_at_norm_one(acts: bool = True) -> Trial:
     x, y = ratings(3200, seed=15)
     user, film = (keras.Input((1,), dtype="int32") for _ in range(2))
     hour = keras.Input((1,))
@@ -326,15 +334,13 @@ def lookahead_by_epochs_in_a_recommender(part: float = 0.3) -> Trial:
     ]
     product = layers.Multiply()(flat)
     z = BN(momentum=0.9)(layers.Concatenate()([*flat, product, hour]))
-    z = layers.ReLU()(BN(momentum=0.9)(layers.Dense(48)(z)))
+    z = layers.ReLU()(BN(momentum=0.9)(layers.Dense(48, name="hidden")(z)))
     model = keras.Model([user, film, hour], layers.Dense(1)(z))
     compiled(model, keras.optimizers.Adam(0.02))
 
     def fit(callbacks: Any) -> Any:
-        callbacks = [Lookahead(part), *callbacks]
-        return model.fit(
-            x, y, batch_size=64, epochs=8, callbacks=callbacks, verbose=0
-        )
+        callbacks = [UnitNorm(acts), *callbacks]
+        return model.fit(x, y, batch_size=64, epochs=8, callbacks=callbacks, verbose=0)
 
     probe = ([one[:512] for one in x], y[:512])
     return Trial(model, fit, probe, 64, held_out=ratings(1024, seed=16))
@@ -421,11 +427,9 @@ def home_made_layer_that_forgets(norm: Any = HomeMade) -> Trial:
     "low_precision",
     recalibrating="any",
     cures={"a float32 policy": {"policy": "float32"}},
-    fails={"ten times as long": {"epochs": 60}},
+    fails={"three times as long": {"epochs": 18}},
 )
-def half_precision_energies_of_sound(
-    policy: str = "float16", epochs: int = 6
-) -> Trial:
+def half_precision_energies_of_sound(policy: str = "float16", epochs: int = 6) -> Trial:
     # Only BN is in float16, "to save memory"; the energies lie about 300.
     draw = rng(21)
     y = draw.integers(4, size=2400)
@@ -435,7 +439,7 @@ def half_precision_energies_of_sound(
     model = keras.Sequential(
         [
             keras.Input((10, 8)),
-            BN(dtype=policy),
+            BN(momentum=0.97, dtype=policy),
             layers.LSTM(12),
             layers.Dense(4),
         ]
@@ -449,21 +453,19 @@ def half_precision_energies_of_sound(
     "low_precision",
     recalibrating="any",
     cures={"a mixed policy": {"policy": "mixed_bfloat16"}},
-    fails={"three times as long": {"epochs": 24}},
+    fails={"twice as long": {"epochs": 16}},
 )
-def bfloat16_that_never_leaves_its_start(
-    policy: str = "bfloat16", epochs: int = 8
-) -> Trial:
-    # A variance of 1 that should become 2: with momentum 0.998 each step is rounded
-    # away. An autoencoder, all of it in bfloat16.
+def bfloat16_that_stops_on_its_way(policy: str = "bfloat16", epochs: int = 8) -> Trial:
+    # Means that should become 8 and stop on the way, where a step is rounded away. An
+    # autoencoder.
     draw = rng(22)
     factors = draw.normal(size=(3200, 3))
-    x = np.tanh(factors @ draw.normal(size=(3, 16))) * 4 + 3
+    x = np.tanh(factors @ draw.normal(size=(3, 16))) * 4 + 8
     x = x.astype("float32")
     model = keras.Sequential(
         [
             keras.Input((16,)),
-            BN(momentum=0.998, dtype=policy),
+            BN(momentum=0.996, dtype=policy),
             layers.Dense(24, "tanh"),
             layers.Dense(3),
             layers.Dense(24, "tanh"),
@@ -493,9 +495,8 @@ class Uncertainty(keras.callbacks.Callback):
     "stale",
     recalibrating="cures",
     cures={"dropout without training=True": {"training": False}},
-    fails={"half the learning rate": {"rate": 0.001}},
 )
-def uncertainty_of_a_test_picture(training: bool = True, rate: float = 0.002) -> Trial:
+def uncertainty_of_a_test_picture(training: bool = True) -> Trial:
     x, y = patches(1280, seed=23)
     inputs = keras.Input((10, 10, 3))
     z = layers.SpatialDropout2D(0.1)(layers.Conv2D(16, 3)(inputs))
@@ -503,7 +504,7 @@ def uncertainty_of_a_test_picture(training: bool = True, rate: float = 0.002) ->
     z = layers.ReLU()(BN(momentum=0.95)(layers.Conv2D(16, 3)(z)))
     z = layers.Dropout(0.2)(layers.GlobalMaxPooling2D()(z))
     model = keras.Model(inputs, layers.Dense(4)(z))
-    compiled(model, keras.optimizers.Adam(rate), crossentropy())
+    compiled(model, keras.optimizers.Adam(0.002), crossentropy())
     picture = 4 + 3 * patches(1, seed=24)[0][0]
 
     def fit(callbacks: Any) -> Any:

@@ -172,7 +172,9 @@ def trained_on_after_a_recalibration() -> Trial:
         layers.Flatten()(layers.Embedding(60, 6)(film)),
     ]
     z = BN()(layers.Concatenate()([*flat, layers.Multiply()(flat), hour]))
-    model = keras.Model([user, film, hour], layers.Dense(1)(layers.Dense(32, "relu")(z)))
+    model = keras.Model(
+        [user, film, hour], layers.Dense(1)(layers.Dense(32, "relu")(z))
+    )
     compiled(model, keras.optimizers.Adam(0.01))
     model.fit(x, y, batch_size=64, epochs=1, verbose=0)
     recalibrate(model, x, verbose=0)

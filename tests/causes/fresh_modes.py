@@ -143,7 +143,9 @@ class NoisyViews(keras.Model):
             else:
                 clean = self(x, training=True)
                 noisy = self(x + noise, training=True)
-            value = self.compute_loss(x, y, clean) + 0.1 * self.compute_loss(x, y, noisy)
+            value = self.compute_loss(x, y, clean) + 0.1 * self.compute_loss(
+                x, y, noisy
+            )
         weights = self.trainable_variables
         self.optimizer.apply(tape.gradient(value, weights), weights)
         return {"loss": value}
@@ -195,9 +197,9 @@ def old_and_new() -> tuple[Any, Any, Any, Any]:
 @cases.case(
     "unexpected_update",
     recalibrating="any",
-    cures={"compiled after freezing": {"compile": True}},
+    cures={"compiled after freezing": {"compiles": True}},
 )
-def dense_net_frozen_without_compile(compile: bool = False) -> Trial:
+def dense_net_frozen_without_compile(compiles: bool = False) -> Trial:
     # Tuned on a new camera with all of BN "frozen", to keep what it can do on the old
     # one, which is what the held-out data are of.
     x, y, new, of = old_and_new()
@@ -207,7 +209,7 @@ def dense_net_frozen_without_compile(compile: bool = False) -> Trial:
     model.fit(x, y, epochs=8, verbose=0)
     for layer in model.layers:
         layer.trainable = not isinstance(layer, BN)
-    if compile:
+    if compiles:
         compiled(model, keras.optimizers.Adam(1e-5), crossentropy())
     optimizer.learning_rate = 1e-5
     fit = fitter(model, new, of, epochs=2)

@@ -27,7 +27,8 @@ for name in ("batches", "modes", "healthy"):
 wanted = sys.argv[1:] or [""]
 for proof in PROOFS:
     label = f"{proof.case.name} {proof.case.expected or 'silent'}"
-    if not any(part in label for part in wanted):
+    module = proof.case.build.__module__
+    if not any(part in f"{label} {module}" for part in wanted):
         continue
     start = time.perf_counter()
     try:
