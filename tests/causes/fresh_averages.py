@@ -165,6 +165,37 @@ def recurrent_net_at_a_high_rate(rate: float = 0.03) -> Trial:
     return Trial(model, fit, (x[:512], y[:512]), held_out=(x[1600:], y[1600:]))
 
 
+def spectra(rows: int, seed: int) -> tuple[Any, Any]:
+    """Mixtures of three lines over a background, and their shares."""
+    draw = rng(seed)
+    share = draw.dirichlet([1, 1, 1], size=rows)
+    channel = np.arange(24)
+    lines = np.exp(-(((channel - np.array([[6], [11], [17]])) / 2.0) ** 2))
+    x = 5 + 3 * share @ lines + 0.1 * draw.normal(size=(rows, 24))
+    return x.astype("float32"), share.astype("float32")
+
+
+@cases.case(
+    "drifting",
+    recalibrating="cures",
+    cures={"a tenth of the rate at the end": {"falls": True}},
+)
+def forty_rows_in_one_batch(falls: bool = False) -> Trial:
+    # Small data: each step sees them all. The start is forgotten after 60 of them.
+    x, y = spectra(40, seed=84)
+    inputs = keras.Input((24,))
+    z = inputs
+    for _ in range(2):
+        z = layers.Activation("swish")(BN(momentum=0.9)(layers.Dense(32)(z)))
+    model = keras.Model(inputs, layers.Dense(3)(z))
+    rate: Any = 0.002
+    if falls:
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay([30], [0.002, 0.0001])
+    compiled(model, keras.optimizers.Adam(rate))
+    fit = fitter(model, x, y, epochs=60, batch_size=40)
+    return Trial(model, fit, (x, y), 40, held_out=spectra(512, seed=85))
+
+
 def beats(rows: int, seed: int, spread: float = 0.8) -> tuple[Any, Any]:
     """Heart beats of three shapes, at any height."""
     draw = rng(seed)
@@ -367,16 +398,6 @@ class PutBack(keras.Model):
         return logs
 
 
-def spectra(rows: int, seed: int) -> tuple[Any, Any]:
-    """Mixtures of three lines over a background, and their shares."""
-    draw = rng(seed)
-    share = draw.dirichlet([1, 1, 1], size=rows)
-    channel = np.arange(24)
-    lines = np.exp(-(((channel - np.array([[6], [11], [17]])) / 2.0) ** 2))
-    x = 5 + 3 * share @ lines + 0.1 * draw.normal(size=(rows, 24))
-    return x.astype("float32"), share.astype("float32")
-
-
 @cases.case("not_updating", recalibrating="cures")
 def statistics_put_back_after_each_step() -> Trial:
     x, y = spectra(1600, seed=17)
@@ -516,6 +537,7 @@ def uncertainty_of_a_test_picture(training: bool = True) -> Trial:
 
 @cases.case(
     "stale",
+    "warming_up",
     recalibrating="cures",
     cures={"converted rightly": {"wrong": False}},
     fails={"another learning rate": {"rate": 3e-5}},
