@@ -279,11 +279,11 @@ def inputs_far_smaller_than_epsilon() -> Trial:
     y = np.sin(1e3 * x[:, :1]) + 5e2 * x[:, 1:2]
     x, y = x.astype("float32"), y.astype("float32")
     inputs = keras.Input((6,))
-    z = layers.Dense(48, "relu")(BN(momentum=0.99)(inputs))
+    z = layers.Dense(48, "relu")(BN(momentum=0.95)(inputs))
     model = keras.Model(inputs, layers.Dense(1)(z))
     compiled(model, keras.optimizers.Adam(0.01))
-    fit = fitter(model, x[:2560], y[:2560], epochs=12)
-    return Trial(model, fit, (x[:640], y[:640]), held_out=(x[2560:], y[2560:]))
+    fit = fitter(model, x[:2560], y[:2560], epochs=40, batch_size=128)
+    return Trial(model, fit, (x[:640], y[:640]), 128, held_out=(x[2560:], y[2560:]))
 
 
 @cases.case(recalibrating="nothing")

@@ -32,12 +32,12 @@ SLOW = {"replicas_differ": "a_sensor_for_each_replica"}
 tests/test_distribution.py has a small one."""
 
 ONLY_IN_AN_AUDIT = {"stale", "rescaled_inputs"}
-"""tests/causes/test_audits.py has these."""
+"""tests/causes/test_audits.py has these, and two in `fit` are held back."""
 
 
 def test_every_cause_has_a_quick_case() -> None:
     wanted = {case.expected for case in CASES if case.expected and case.scored}
-    assert {*QUICK, *SLOW} == wanted | set(SLOW)
+    assert {*QUICK, *SLOW} == (wanted - ONLY_IN_AN_AUDIT) | set(SLOW)
     for cause, name in {**QUICK, **SLOW}.items():
         assert BY_NAME[name].expected == cause
 
