@@ -1,9 +1,9 @@
-"""How often one training step calls each BN layer: seen, not assumed.
+"""How often one training step calls each BN layer: observed, not assumed.
 
-A graph of layers tells it, a `train_step` of one's own does not: SimCLR calls its
-encoder on two views, a GAN its discriminator on two kinds of pictures. So the layers
-are watched while the first step of a training is traced (or run, where it is not
-traced). The watching changes nothing that is computed.
+In a graph of layers the calls can be counted, in a custom `train_step` they cannot:
+SimCLR calls its encoder on two views, a GAN its discriminator on two kinds of pictures.
+So the layers are watched while the first step of a training is traced (or run, where it
+is not traced). Watching them changes nothing that is computed.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class CallWatch:
             listeners.append(self)
 
     def end(self, steps: int) -> None:
-        """Ends it, and remembers what was seen for the next training.
+        """Stops watching, and keeps what was seen for the next training.
 
         Args:
             steps: Steps that were made in between.
@@ -117,7 +117,7 @@ class CallWatch:
         graphs = _graphs()
         root = next((each for each in graphs if each.name == STEP), None)
         if root is None:
-            # Of other threads, only replicas of a step of `fit` are its business.
+            # Calls from other threads count only if they are replicas of `fit`.
             if threading.current_thread() is not self._thread:
                 return
             root = graphs[-1] if graphs else None
@@ -132,7 +132,7 @@ class CallWatch:
                     del self._tallies[each]
             self._tallies[key] = tally = _Tally(root)
         (tally.updated if is_update else tally.called)[layer] += 1
-        # Inside a loop, or a function traced once and run often, one is not one.
+        # In a loop, or a function run often, one traced update is several.
         if is_update and graphs and graphs[0] is not root:
             tally.unsure.add(layer)
 
@@ -202,8 +202,8 @@ _seen: WeakKeyDictionary[keras.Model, tuple[Any, _Tally]] = WeakKeyDictionary()
 def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls]:
     """What a training step does with each layer, as far as it was seen.
 
-    Where it was not, since the step had been traced before, a graph of layers tells
-    how often it calls each; a `train_step` of one's own leaves it unknown.
+    If it was not seen, as the step had been traced before, the calls are counted in the
+    graph of layers; with a custom `train_step` they are unknown.
     """
     function, tally = _seen.get(model, (None, None))
     current = getattr(model, "train_function", None)

@@ -1,4 +1,4 @@
-"""What is remembered about a model between calls, and goes when the model goes."""
+"""What is kept for a model between calls, and is freed with the model."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _NAME = "bn_callbacks_memory"
 KEPT = 4
 """Things remembered for a model, at most."""
 
-# Attributes that come and go while a model is used, and change nothing in a call.
+# Attributes that change while a model is used, without changing what a call computes.
 _PASSING = {
     "_call_context_args",
     "_called",

@@ -112,7 +112,7 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
             augmentation draw anew. As no seed advances, they draw the same each
             time without it.
     """
-    # Keras wants the current values of what it regularises spelt out.
+    # Keras finds values to regularise only where the scope maps them.
     mapping = [
         (variable, variable.value)
         for variable in model.trainable_variables
@@ -129,7 +129,7 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
 
 
 def forget_penalties() -> None:
-    """Inside `stateless`: what layers have added to the loss so far does not count."""
+    """Inside `stateless`: drops what layers have added to the loss so far."""
     get_stateless_scope().losses.clear()
 
 

@@ -57,11 +57,12 @@ class BatchNormWatch:
     Args:
         model: The model in training. Compiled, if there is a `probe`; its optimizer,
             where it has one, helps to count steps.
-        steps: Training steps of an epoch; None if unknown.
-        epochs: Epochs of the training.
-        probe: As `BatchNormMonitor` takes it.
+        steps: Training steps of an epoch; `None`, the default, if unknown.
+        epochs: Epochs of the training; 1 by default, `None` if unknown.
+        probe: As `BatchNormMonitor` takes it; none by default.
         layers: Which layers, as `recalibrate` takes them; all by default.
-        threshold: Lag, in standard deviations, above which something is said.
+        threshold: Lag, in standard deviations, above which something is said; 0.2 by
+            default.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
@@ -178,16 +179,12 @@ class BatchNormWatch:
         self._fingerprint = Fingerprint(self.model)
         self._weights: NDArray[np.float64] | None = None
 
-    @property
-    def has_layers(self) -> bool:
-        """Whether there is anything to watch, as far as is known."""
-        return self._windows is not None
-
     def begin_epoch(self, epoch: int | None = None) -> None:
         """An epoch begins.
 
         Args:
-            epoch: Its number, which matters where training resumes at a later one.
+            epoch: Its number, where training resumes at a later one; `None`, the
+                default, where it begins with 0.
         """
         if self._first_epoch is None:
             self._first_epoch = epoch or 0
@@ -337,8 +334,9 @@ class BatchNormWatch:
 
         Args:
             is_last: Whether training has ended; by default if all epochs have.
-            is_corrected: Whether something else corrects the statistics at the end.
-            cured: Causes that something else cures at the end.
+            is_corrected: Whether something else corrects the statistics at the end;
+                `False` by default.
+            cured: Causes that something else cures at the end; none by default.
         """
         if self.report is None:
             return []

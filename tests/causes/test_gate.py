@@ -32,12 +32,12 @@ QUIET = ("short_run_on_standardised_data", "eight_views_are_enough")
 ONLY_WITH_A_PROBE = {"batch_dependent", "mixed_calls"}
 
 ONLY_IN_AN_AUDIT = {"stale", "rescaled_inputs"}
-"""tests/causes/test_audits.py has these."""
+"""tests/causes/test_audits.py has these, and two in `fit` are held back."""
 
 
 def test_every_cause_has_a_quick_case() -> None:
     wanted = {case.expected for case in CASES if case.expected and case.scored}
-    assert set(QUICK) == wanted
+    assert set(QUICK) == wanted - ONLY_IN_AN_AUDIT
     assert wanted | ONLY_IN_AN_AUDIT == CAUSES_OF[Family.UNKNOWN]
     for cause, name in QUICK.items():
         assert BY_NAME[name].expected == cause

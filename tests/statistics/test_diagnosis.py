@@ -13,7 +13,6 @@ from bn_callbacks.statistics.diagnosis import (
     DESIGN_LIMIT,
     DOMINANCE_LIMIT,
     RULES,
-    VARIATION_LIMIT,
     diagnose,
     diagnose_model,
 )
@@ -503,10 +502,35 @@ def test_a_short_run_is_advised_what_leaves_5_percent_of_the_start():
     assert tiny.suggested_momentum == 0.5
 
 
-def test_limits_lie_between_what_was_measured():
-    assert 4.6 < DESIGN_LIMIT < 12
-    assert 1.4 < VARIATION_LIMIT < 7
-    assert 3.3 < DOMINANCE_LIMIT < 30
+def with_design_effect(effect):
+    """Windows whose means differ so many times as much as those of random batches."""
+    windows = PROBLEMS[causes.CORRELATED_BATCHES].windows
+    found = measure(replace(HEALTHY, windows=windows)).figures.design_effect
+    means = windows.mean * math.sqrt(effect / found)
+    seen = replace(HEALTHY, windows=windows._replace(mean=means))
+    assert measure(seen).figures.design_effect == pytest.approx(effect)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause"),
+    [
+        # Drift has reached 4.6, grouped batches began at 12.
+        (with_design_effect(4.6), causes.HEALTHY),
+        (with_design_effect(12.0), causes.CORRELATED_BATCHES),
+        # Batches without outliers vary by 1.4 at most, those with some by 7.
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.4, 1.0)), causes.HEALTHY),
+        (replace(HEALTHY, scatter=Scatter(0.0, 7.0, 1.0)), causes.OUTLIERS),
+        # Gains that differ by a factor of 10, and a column that is hardly ever not 0.
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.0, 3.3)), causes.HEALTHY),
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.0, 30.0)), causes.OUTLIERS),
+    ],
+)
+def test_what_was_measured_is_told_apart(seen, cause):
+    assert diagnose(seen).cause == cause
+
+
+def test_a_model_without_layers_has_no_verdicts():
     assert diagnose_model([]) == []
 
 
