@@ -398,8 +398,10 @@ class BatchNormWatch:
         losses = None if self._reading is None else self._reading.losses
         inferred: dict[BatchNormLayer, Statistics] = {}
         in_probe: dict[BatchNormLayer, Scatter | None] = {}
+        effects: dict[BatchNormLayer, float | None] = {}
         if self._reading is not None and self._is_fresh:
             inferred, in_probe = self._reading.inferred, self._reading.scatter
+            effects = {bn: self._reading.design_effect(bn) for bn in in_probe}
         self.evidence = [
             dataclasses.replace(
                 seen,
@@ -409,6 +411,7 @@ class BatchNormWatch:
                 inferred=inferred.get(bn),
                 scatter=larger(seen.scatter, in_probe.get(bn)),
                 is_grouped=self._proofs[bn.path] >= PROOFS,
+                probe_effect=effects.get(bn),
                 family=seen.family if losses is None else losses.family,
             )
             for bn, seen in zip(

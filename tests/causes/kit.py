@@ -99,13 +99,32 @@ class Cases:
         return add
 
 
-def fitter(model: keras.Model, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    """`model.fit` with everything given but the callbacks, and what changes."""
+@dataclass(frozen=True)
+class Fitter:
+    """`model.fit` with everything given but the callbacks, and what changes.
 
-    def fit(callbacks: Callbacks, **changes: Any) -> Any:
-        return model.fit(*args, callbacks=callbacks, verbose=0, **(kwargs | changes))
+    Args:
+        model: The model.
+        data: What it is trained with, `(x, y)` or a dataset alone.
+        options: All else.
+    """
 
-    return fit
+    model: keras.Model
+    data: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(
+        self, callbacks: Callbacks, data: tuple[Any, ...] | None = None, **changes: Any
+    ) -> Any:
+        """Trains the model, with other data or options if they are given."""
+        given = self.data if data is None else data
+        options = self.options | changes
+        return self.model.fit(*given, callbacks=callbacks, verbose=0, **options)
+
+
+def fitter(model: keras.Model, *data: Any, **options: Any) -> Fitter:
+    """A `Fitter`, as `model.fit` takes its arguments."""
+    return Fitter(model, data, options)
 
 
 def compiled(
