@@ -12,7 +12,10 @@ PACKAGE = ROOT / "bn_callbacks"
 
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
-    {"arguments", "budget", "distribution", "names", "pictures", "statistics"},
+    {
+        *("arguments", "budget", "distribution", "episodes", "names", "pictures"),
+        *("statistics", "warn"),
+    },
     {"layers", "report"},
     {"evidence", "measuring"},
     {"auditing", "tensorboard", "watching"},

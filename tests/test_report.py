@@ -108,13 +108,13 @@ def test_the_table_is_aligned_and_followed_by_losses_and_advice():
     head, *lines = str(full_report()).splitlines()
     assert head == full_report().headline
     assert lines[0].split("  ")[0] == "layer"
-    assert [line.split()[0] for line in lines[1:3]] == ["a", "model/<b>&bn"]
+    assert [line.split()[0] for line in lines[1:3]] == ["model/<b>&bn", "a"]
     for name in ("cause", "lag", "momentum"):
         assert name in lines[0]
     # Figures end where their heading ends.
     end = lines[0].index("lag") + len("lag")
-    assert lines[1][:end].endswith(" -")
-    assert lines[2][:end].endswith(" 1.25")
+    assert lines[1][:end].endswith(" 1.25")
+    assert lines[2][:end].endswith(" -")
     assert lines[3].startswith("loss: 3 in inference mode, 2 with batch statistics")
     assert "(gap 1.5)" in lines[3]
     assert lines[4] == 'warming_up: Wait <long> & "well".'

@@ -105,12 +105,10 @@ class HeatMap:
             write(left - 4, middle, name, "rm")
             for x, mark, ink in self._letters(row, across):
                 write(left + x, middle, mark, "mm", ink)
-        below = top + down + 1
-        write(2, below, "step", "la")
-        first, last = self.edges[0], self.edges[-1]
-        for at, step in (("la", first), ("ma", (first + last) // 2), ("ra", last)):
-            x = left + across * (step - first) / (last - first)
-            write(x, below, f"{step:,}", at)
+        below, first, last = top + down + 1, self.edges[0], self.edges[-1]
+        write(left, below, f"step {first:,}", "la")
+        write(left + across / 2, below, f"{(first + last) / 2:,.0f}", "ma")
+        write(left + across, below, f"{last:,}", "ra")
         for x, line, text in legend:
             write(x, below + LINE * (line + 1), text, "la")
         file = io.BytesIO()
@@ -173,6 +171,7 @@ class HeatMap:
 def is_available() -> bool:
     """Whether there is a Pillow that brings letters of any size along."""
     try:
+        importlib.import_module("PIL")
         _pil("ImageFont").load_default(FONT)
     except (ImportError, TypeError):
         return False

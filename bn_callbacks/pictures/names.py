@@ -16,11 +16,11 @@ def shorten(paths: Sequence[str], longest: int) -> list[str]:
         >>> shorten(["net/block_1/bn", "net/block_12/bn", "net/stem_bn"], 20)
         ['block_1', 'block_12', 'stem']
         >>> shorten(["net/block_1/bn", "net/block_12/bn"], 20), shorten(["a/bn"], 20)
-        (['1', '12'], ['bn'])
+        (['1', '12'], ['a/bn'])
     """
     # Words at even places, what separates them at odd ones.
     names = [re.split(r"([/_.-])", " ".join(path.split())) for path in paths]
-    for _ in range(2):  # From the beginning, and from the end.
+    for _ in range(2 * (len(set(paths)) > 1)):  # From the beginning and from the end.
         names = [name[2 * _shared(names) :][::-1] for name in names]
     return [_cut("".join(name), longest) for name in names]
 

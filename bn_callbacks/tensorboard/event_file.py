@@ -1,5 +1,6 @@
 """A run's event file, written by TensorFlow's own writer."""
 
+import contextlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -50,8 +51,15 @@ class EventFile:
             self._writer = tf.summary.create_file_writer(directory)
         # Keras' callback lets nothing be recorded between its own steps.
         with self._writer.as_default(), tf.summary.record_if(True):
-            for step, values in found:
-                self._write(step, values)
+            try:
+                for step, values in found:
+                    self._write(step, values)
+                self._writer.flush()
+            except WRITING_FAILS:
+                # One that fails to flush when the block ends stays everybody's default.
+                with contextlib.suppress(*WRITING_FAILS):
+                    self._writer.close()
+                raise
 
     def _write(self, step: int, values: list[Summary.Value]) -> None:
         for value in values:
