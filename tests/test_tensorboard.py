@@ -619,7 +619,8 @@ def test_each_training_has_a_run_of_its_own(tmp_path):
     for run in (first, *others):
         assert 20 in read(tmp_path, run)["bn/summary/max_lag"]
         assert len(list((tmp_path / run).glob("events.*"))) == 1
-        assert read(tmp_path, f"{run}/moving") and read(tmp_path, f"{run}/batch")
+        assert read(tmp_path, f"{run}/moving")
+        assert read(tmp_path, f"{run}/batch")
 
 
 @pytest.mark.parametrize("is_same_process", [True, False])

@@ -36,12 +36,20 @@ def choose_run(log_dir: str, start: int) -> str:
     for number in itertools.count(len(runs) + 1):
         name = SUBDIRECTORY if number == 1 else f"{SUBDIRECTORY}_{number}_{now}"
         run = os.path.join(log_dir, name)
-        try:
-            tf.io.gfile.mkdir(run)
-        except tf.errors.AlreadyExistsError:
-            continue  # Another training began at this moment.
-        return run
+        if _is_made(run):
+            return run
     raise AssertionError
+
+
+def _is_made(run: str) -> bool:
+    """Makes a directory; not where another training did at this moment."""
+    if "://" in run:  # Where directories are but parts of names.
+        return not tf.io.gfile.exists(run)
+    try:
+        os.mkdir(run)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _last_step(run: str) -> int:
