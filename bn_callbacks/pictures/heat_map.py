@@ -106,7 +106,7 @@ class HeatMap:
             for x, mark, ink in self._letters(row, across):
                 write(left + x, middle, mark, "mm", ink)
         below, first, last = top + down + 1, self.edges[0], self.edges[-1]
-        write(left, below, f"step {first:,}", "la")
+        write(left, below, _spaced(f"step {first:,}"), "la")
         write(left + across / 2, below, f"{(first + last) / 2:,.0f}", "ma")
         write(left + across, below, f"{last:,}", "ra")
         for x, line, text in legend:
@@ -136,16 +136,16 @@ class HeatMap:
     def _letters(self, row: int, width: int) -> Iterator[tuple[float, str, str]]:
         """Where letters stand in a row, and their colour.
 
-        In the middle of the time that a cause holds; several where that is long.
+        Where a cause begins, and again where it holds for long.
         """
         x_of = (np.array(self.edges) - self.edges[0]) * width / np.ptp(self.edges)
         levels = self._levels(self.lags[row])
         column, before = 0, -FONT
         for mark, group in itertools.groupby(self.marks[row].tolist()):
             begin, column = column, column + len(list(group))
-            pieces = int((x_of[column] - x_of[begin]) // 48) or 1
-            for part in np.arange(pieces * bool(mark)) + 0.5:
-                x = x_of[begin] + part / pieces * (x_of[column] - x_of[begin])
+            length = (x_of[column] - x_of[begin]) * bool(mark)
+            for further in range(0, int(np.ceil(length)), 48):
+                x = x_of[begin] + further + min(FONT, length - further) / 2
                 x = min(max(x, FONT / 2), width - FONT / 2)
                 if x - before >= FONT - 2:
                     before = x

@@ -4,10 +4,8 @@ import functools
 import html
 import importlib.metadata
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 
-from bn_callbacks.episodes import Episode
 from bn_callbacks.report import (
     MAX_ROWS,
     UNKNOWN,
@@ -17,11 +15,8 @@ from bn_callbacks.report import (
 )
 from bn_callbacks.statistics.causes import HEALTHY
 
-ADVICE_WIDTH = 36
-"""Characters in a line of advice."""
-
 MAX_EPISODES = 12
-"""Episodes in a table at most, the latest."""
+"""Episodes in a panel at most, the latest."""
 
 
 def report_panel(
@@ -34,34 +29,47 @@ def report_panel(
         since: The step since which a layer has not been healthy, by path.
         notes: Lines to add.
     """
-    layers = report.ranked
-    shown, left = layers[:MAX_ROWS], layers[MAX_ROWS:]
-    advised: dict[str, str] = {}
-    rows = []
-    for layer in shown:
-        # The same advice thirty times would bury the one line that is different.
-        like = advised.setdefault(layer.cause, layer.path)
-        is_first = like == layer.path or not layer.advice
-        cells = (
+    shown, left = report.ranked[:MAX_ROWS], report.ranked[MAX_ROWS:]
+    parts = [f"### {report.headline}", *_story(report)]
+    rows = [
+        [
+            escape(layer.path),
+            escape(layer.verdict) if layer.cleared else _cause(layer.cause),
             _number(layer.lag),
             _number(layer.noise),
             _number(layer.start_weight),
             str(since.get(layer.path, "")),
-        )
-        advice = _wrap(layer.advice if is_first else f"As for {like}.", is_first)
-        cause = escape(layer.verdict) if layer.cleared else _cause(layer.cause)
-        rows.append([escape(layer.path), cause, *cells, advice])
-    head = ["layer", "cause", "lag", "noise", "start weight", "since step", "advice"]
-    parts = [f"### {report.headline}"]
-    if report.episodes:
-        parts += ["#### What came and went", _episodes(report.episodes)]
-    parts += ["#### The layers now, the worst first", _table(head, rows)]
+        ]
+        for layer in shown
+    ]
+    head = ["layer", "cause", "lag", "noise", "start weight", "since step"]
+    parts.append(_table(head, rows))
     if left:
         parts.append(f"{_layers(len(left))} more, {_summary(left)}.")
     if report.loss_line:
         parts.append(f"{report.loss_line.capitalize()}.")
     parts += [escape(note) for note in (*report.clues, *notes)]
     return "\n\n".join(parts)
+
+
+def _story(report: BatchNormReport) -> list[str]:
+    """What came and went, and what to do about it, each thing once."""
+    episodes = report.episodes[-MAX_EPISODES:]
+    left = len(report.episodes) - len(episodes)
+    lines = [f"- {left} earlier ones"] if left else []
+    for episode in episodes:
+        rest = str(episode).removeprefix(episode.cause)
+        lines.append(f"- **{_cause(episode.cause)}** {escape(rest)}")
+    # What is said of a layer now is newer than what was said of an episode.
+    advice = {episode.cause: episode.advice for episode in episodes}
+    advice |= {layer.cause: layer.advice for layer in reversed(report.lagging)}
+    to_do = [
+        f"- **{_cause(cause)}**: {_advice(text)}"
+        for cause, text in advice.items()
+        if text
+    ]
+    parts = ["What came and went:", "\n".join(lines)] if lines else []
+    return [*parts, "What to do:", "\n".join(to_do)] if to_do else parts
 
 
 def recalibration_panel(report: RecalibrationReport) -> str:
@@ -96,27 +104,6 @@ def escape(text: str) -> str:
     return re.sub(r"^(\d*)([-.])", lambda found: f"{found[1]}&#{ord(found[2])};", text)
 
 
-def _episodes(episodes: Sequence[Episode]) -> str:
-    rows = [
-        [
-            episode.when,
-            episode.steps,
-            _cause(episode.cause),
-            str(len(episode.layers)),
-            escape(episode.worst),
-            _number(episode.lag),
-            _number(episode.loss_gap),
-            _wrap(episode.advice, has_code=True),
-        ]
-        for episode in episodes[-MAX_EPISODES:]
-    ]
-    left = len(episodes) - len(rows)
-    if left:
-        rows.insert(0, [f"{left} earlier", *[""] * 7])
-    head = ["when", "steps", "cause", "layers", "worst", "its lag", "loss gap"]
-    return _table([*head, "what to do"], rows)
-
-
 def _cause(cause: str) -> str:
     """A cause, as a link to its page, if the documentation has an address."""
     site = _documentation()
@@ -136,23 +123,10 @@ def _documentation() -> str:
     return pairs.get("Documentation", "").rstrip("/")
 
 
-def _wrap(text: str, has_code: bool) -> str:
-    """Lines of their own: TensorBoard gives one long line the room of all columns.
-
-    Args:
-        text: The text.
-        has_code: Whether what stands between backticks is code; not where names may
-            stand in the text.
-    """
-    shown = "<br>".join(map(escape, textwrap.wrap(text, ADVICE_WIDTH)))
-    if not has_code:
-        return shown
+def _advice(text: str) -> str:
+    """Advice, which names no layers, so that what stands between backticks is code."""
     tick = escape("`")
-    return re.sub(
-        f"{tick}(.*?){tick}",
-        lambda code: f"<code>{code[1]}</code>".replace("<br>", "</code><br><code>"),
-        shown,
-    )
+    return re.sub(f"{tick}(.*?){tick}", r"<code>\1</code>", escape(text))
 
 
 def _summary(layers: Sequence[LayerReport]) -> str:
