@@ -3,8 +3,8 @@
     python tests/browser/screenshot.py
 
 runs the demo and a training whose troubles come and go, opens their log directories in
-the real TensorBoard and a real browser, and writes `docs/images/`. Needs Debian's chromium and chromium-driver, and the extras
-`browser` and `demo`.
+the real TensorBoard and a real browser, and writes `docs/images/`. Needs Debian's
+chromium and chromium-driver, and the extras `browser` and `demo`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard_page import Page, browser, missing, tensorboard
 
 from bn_callbacks import demo
+from bn_callbacks.tensorboard.writer import CARD, WHOLE
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 READY = {
@@ -31,10 +32,8 @@ READY = {
 SHOWN = {"troubles": ("timeseries", "text"), "as_trained": ("custom_scalars",)}
 """The log directories, and the tabs to show of each."""
 
-PICTURES = {
-    "BN/lag_map": "lag_map",
-    "bn/lag_map_of_all_layers": "lag_map_of_all_layers",
-}
+PICTURES = {CARD: "lag_map", WHOLE: "lag_map_of_all_layers"}
+"""The heat maps, and their files."""
 
 
 def main() -> None:
