@@ -675,6 +675,16 @@ def test_the_heat_map_of_a_training_that_resumes_shows_all_of_it(tmp_path):
     assert [len(each.layers) for each in monitor.report.episodes] == [2]
 
 
+def test_a_training_that_resumes_may_watch_other_layers(tmp_path):
+    model = make_model()
+    fit(model, monitor_of(tmp_path, 1000), epochs=1)
+    some = monitor_of(tmp_path, 1000, layers=[find(model)[0].path])
+    fit(model, some, epochs=2, initial_epoch=1)
+    assert len(runs_of(tmp_path)) == 1
+    assert some._writer._history.edges == [10, 20]
+    assert list(read(tmp_path)["bn/summary/max_lag"]) == [10, 20]
+
+
 def test_a_recompiled_model_begins_anew(tmp_path):
     model = make_model()
     fit(model, monitor_of(tmp_path))

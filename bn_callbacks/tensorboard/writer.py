@@ -127,6 +127,7 @@ class ReportWriter:
         self._files = {side: EventFile() for side in ("", *_SIDES)}
         self._settings = (max_charts, threshold)
         self._threshold = threshold
+        self._paths: list[str] = []
         self._charted = ChartedLayers(max_charts)
         self._layout: tuple[list[str], bool] = ([], False)
         self._written_to: dict[str, int] = {}
@@ -191,14 +192,18 @@ class ReportWriter:
             evidence: What the report is made of, in the order of its layers.
             ends_epoch: Whether an epoch ends here.
         """
-        self._step = step
+        before, self._step = self._step, step
+        paths = [layer.path for layer in report.layers]
+        if paths != self._paths:  # At first, and where a resumed `fit` watches others.
+            self._paths, self._history = paths, History(before)
+            self._charted = ChartedLayers(self._settings[0])
         self._history.add(step, report.layers)
         self._since = {
             layer.path: self._since.get(layer.path, step) for layer in report.lagging
         }
         layers = self._charted.update(report)
-        charted = {layer.path for layer in layers}
-        self._write_past(report, layers, step)
+        charted = [layer.path for layer in layers]
+        self._write_past(charted, before, step)
         seen = [each for each in evidence if each.path in charted]
         summaries = [*_scalars(report, layers), *self._new_layout(report, layers)]
         if ends_epoch:
@@ -260,18 +265,16 @@ class ReportWriter:
             self._run = choose_run(self._log_dir, self._start)
         self._files[side].write(os.path.join(self._run, side), events)
 
-    def _write_past(
-        self, report: BatchNormReport, charted: Sequence[LayerReport], step: int
-    ) -> None:
-        """Begins the charts of layers that have none yet with what was found before."""
+    def _write_past(self, charted: Sequence[str], before: int, step: int) -> None:
+        """Begins charts with what was found since they were last written."""
         events: dict[int, list[Summary]] = {}
-        for index, layer in enumerate(report.layers):
-            if layer in charted:
-                since = self._written_to.get(layer.path, self._start)
-                for past, figures in self._history.past(index):
+        for path in charted:
+            since = self._written_to.get(path, self._start)
+            self._written_to[path] = step
+            if since < before:
+                for past, figures in self._history.past(self._paths.index(path)):
                     if since < past < step:
-                        events.setdefault(past, []).extend(_charts(layer.path, figures))
-                self._written_to[layer.path] = step
+                        events.setdefault(past, []).extend(_charts(path, figures))
         self._write("", sorted(events.items(), key=lambda event: event[0]))
 
     def _give_up(self, error: BaseException) -> None:
@@ -322,7 +325,7 @@ class ReportWriter:
         total, sick = len(report.layers), len(report.lagging)
         count = f"{sick} of {total} not healthy" if sick else f"all {total} healthy"
         heat_map = pictures.HeatMap(
-            [layer.path for layer in report.layers],
+            self._paths,
             self._history.edges,
             self._history.lags,
             self._history.marks,
