@@ -107,7 +107,7 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
 def _cleared(seen: Evidence, verdict: Diagnosis) -> str:
     """What the statistics alone would say of a layer that the losses call healthy."""
     is_near = not (verdict.figures.lag or 0.0) > seen.threshold
-    if verdict.cause != HEALTHY or seen.family is Family.UNKNOWN or is_near:
+    if verdict.cause != HEALTHY or seen.family is not Family.INNOCENT or is_near:
         return ""
     alone = diagnose(dataclasses.replace(seen, family=Family.UNKNOWN)).cause
     return "" if alone == HEALTHY else alone
