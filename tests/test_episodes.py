@@ -235,6 +235,21 @@ def test_a_fit_that_resumes_adds_to_them(is_same_monitor):
     assert (episode.first_step, episode.first_epoch) == (40, 1)
 
 
+def test_an_epoch_that_was_interrupted_is_made_again():
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if self.model.optimizer.iterations.numpy() == 15:
+                raise KeyboardInterrupt
+
+    model, monitor = make_model(), BatchNormMonitor(on_lag="ignore")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, monitor, Stop(), epochs=2)
+    fit(model, monitor, epochs=2, initial_epoch=1)
+    (episode,) = monitor.report.episodes
+    assert (episode.first_epoch, episode.last_epoch) == (1, 2)
+    assert (episode.first_step, episode.last_step) == (10, 25)
+
+
 def test_another_model_has_nothing_to_do_with_them():
     monitor = BatchNormMonitor(on_lag="ignore")
     fit(make_model(), monitor, epochs=2)

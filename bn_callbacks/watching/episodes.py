@@ -11,8 +11,8 @@ from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.causes import WARMING_UP
 
 MAX_EPISODES = 40
-"""Episodes that are kept at most, more than there are causes. Beyond it the two of one
-cause that are the least apart become one."""
+"""Episodes that are kept at most when they are over, more than there are causes. Beyond
+it the two of one cause that are the least apart become one."""
 
 LOOKS = 2
 """Reports in a row that make an episode; one at an epoch's end is enough."""
@@ -49,8 +49,11 @@ class EpisodeRecorder:
             That of the training before, if this one resumes it; or else a new one.
         """
         before = _recorders.pop(model, None)
-        resumes = before is not None and 0 < before._epoch <= epoch
-        recorder = before if before and resumes and before._step <= step else cls()
+        # The epoch in which it was interrupted may be made again.
+        resumes = (
+            before and epoch and before._epoch <= epoch + 1 and before._step <= step
+        )
+        recorder = before if before and resumes else cls()
         _recorders[model] = recorder
         return recorder
 
