@@ -344,7 +344,8 @@ def _legend(episodes: Sequence[Episode]) -> dict[str, str]:
     for each in episodes:
         first, last = each.first_epoch, each.last_epoch
         span = f"{first}" if first == last else f"{first}-{last}"
-        spans.setdefault(each.cause, []).append(span if each.is_over else f"{first}-")
+        span = span if each.is_over else f"since {first}"
+        spans.setdefault(each.cause, []).append(span)
     found = [*spans, *(cause for cause in MARKS if cause not in spans)]
     return {
         mark_of(cause): f"{cause}, epoch {', '.join(spans[cause][-3:])}"
