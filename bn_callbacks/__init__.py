@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bn_callbacks.callbacks.debias import DebiasBatchNorm
     from bn_callbacks.callbacks.monitor import BatchNormMonitor
     from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
+    from bn_callbacks.episodes import Episode
     from bn_callbacks.recalibration import recalibrate, recalibrated
     from bn_callbacks.report import (
         BatchNormLagWarning,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchNormWarning",
     "BatchNormWatch",
     "DebiasBatchNorm",
+    "Episode",
     "LayerReport",
     "RecalibrateBatchNorm",
     "RecalibrationReport",
@@ -45,6 +47,7 @@ _HOMES = {
     "BatchNormWarning": "report",
     "BatchNormWatch": "watching.watch",
     "DebiasBatchNorm": "callbacks.debias",
+    "Episode": "episodes",
     "LayerReport": "report",
     "RecalibrateBatchNorm": "callbacks.recalibrate",
     "RecalibrationReport": "report",

@@ -134,6 +134,9 @@ def _run(
         model, logs = _train(data, monitor, directory / "as_trained", epochs, seed)
     _print_epochs(logs)
     _print_findings(caught)
+    if monitor.report is not None:
+        for episode in monitor.report.episodes:
+            print(f"  {episode}")
 
     # The same training again: of its weights, DebiasBatchNorm must not touch one bit.
     debiased, _ = _train(data, DebiasBatchNorm(), directory / "debiased", epochs, seed)

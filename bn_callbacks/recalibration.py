@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 import operator
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -50,6 +49,7 @@ from bn_callbacks.measuring.reach import split
 from bn_callbacks.measuring.sample import examples_in
 from bn_callbacks.report import BatchNormWarning, RecalibrationReport
 from bn_callbacks.statistics.moments import Statistics
+from bn_callbacks.warn import warn
 
 BRIEF_TOLERANCE = 0.01
 """Standard error that is enough for a validation in `fit`."""
@@ -350,7 +350,7 @@ class Recalibration:
             _undo=lambda: restore(saved),
         )
         if not is_nearer:
-            warnings.warn(report.notes[0], BatchNormWarning, stacklevel=3)
+            warn(report.notes[0], BatchNormWarning)
         if show:
             print(report)
         return report

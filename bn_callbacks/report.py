@@ -3,15 +3,17 @@
 import dataclasses
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bn_callbacks.pictures import draw_before_and_after, draw_lags
+from bn_callbacks.episodes import Episode
+from bn_callbacks.pictures import draw_bars
 from bn_callbacks.statistics.causes import HEALTHY
-from bn_callbacks.statistics.diagnosis import diagnose_model
+from bn_callbacks.statistics.diagnosis import Diagnosis, diagnose, diagnose_model
 from bn_callbacks.statistics.evidence import Evidence, Figures
-from bn_callbacks.statistics.losses import Losses
+from bn_callbacks.statistics.losses import Family, Losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +57,8 @@ class LayerReport(Figures):
         momentum: The layer's momentum.
         suggested_momentum: A momentum that would do better.
         advice: What to do, in a sentence or two; empty where nothing is wrong.
+        cleared: The cause that the statistics alone would give a healthy layer, where
+            the losses show that it does no harm; empty otherwise.
     """
 
     path: str
@@ -63,6 +67,14 @@ class LayerReport(Figures):
     momentum: float | None = None
     suggested_momentum: float | None = None
     advice: str = ""
+    cleared: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The cause; of a healthy layer that is far off, also what clears it."""
+        if not self.cleared:
+            return self.cause
+        return f"{self.cause} (loss clears {self.cleared})"
 
 
 def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
@@ -75,6 +87,7 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
             momentum=seen.momentum,
             suggested_momentum=verdict.suggested_momentum,
             advice=verdict.advice,
+            cleared=_cleared(seen, verdict),
             **vars(verdict.figures),
         )
         for seen, verdict in zip(evidence, diagnose_model(evidence), strict=True)
@@ -91,12 +104,24 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
     )
 
 
+def _cleared(seen: Evidence, verdict: Diagnosis) -> str:
+    """What the statistics alone would say of a layer that the losses call healthy."""
+    is_near = not (verdict.figures.lag or 0.0) > seen.threshold
+    if verdict.cause != HEALTHY or seen.family is not Family.INNOCENT or is_near:
+        return ""
+    alone = diagnose(dataclasses.replace(seen, family=Family.UNKNOWN)).cause
+    return "" if alone == HEALTHY else alone
+
+
 MAX_ROWS = 30
 """Layers in a table, at most: the worst."""
 
+MAX_LINES = 10
+"""Episodes in a text, at most: the latest."""
+
 _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "layer": lambda layer: layer.path,
-    "cause": lambda layer: layer.cause,
+    "cause": lambda layer: layer.verdict,
     "lag": lambda layer: _number(layer.lag),
     "mean shift": lambda layer: _number(layer.mean_shift),
     "scale ratio": lambda layer: _number(layer.scale_ratio),
@@ -118,6 +143,8 @@ class BatchNormReport:
         clues: Facts known before training that may lead to trouble.
         loss_recalibrated: Loss in inference mode, on the same examples, with the
             statistics of these very examples: what recalibrating can reach.
+        episodes: What was wrong in the training so far, and when, in the order in which
+            it began; what is over included.
 
     Penalties (`model.losses`) are no part of the losses.
     """
@@ -127,6 +154,7 @@ class BatchNormReport:
     loss_inference: float | None = None
     clues: tuple[str, ...] = ()
     loss_recalibrated: float | None = None
+    episodes: tuple[Episode, ...] = ()
 
     @classmethod
     def of(
@@ -205,8 +233,7 @@ class BatchNormReport:
         """Draws the lag of each layer as a bar, with the noise floor marked.
 
         Needs matplotlib: `pip install "bn-callbacks[plot]"`. A bar has the colour of
-        the layer's cause. Where there is no room for all names, layers that are not
-        healthy come first.
+        the layer's cause. The worst layer is at the top; of many, the worst are drawn.
 
         Args:
             ax: Where to draw; in a new figure by default.
@@ -222,12 +249,14 @@ class BatchNormReport:
         >>> report.plot().get_title(loc="left")
         '1 of 1 BatchNormalization layers not healthy'
         """
-        return draw_lags(
-            [layer.path for layer in self.layers],
-            [layer.lag for layer in self.layers],
-            [layer.noise for layer in self.layers],
-            [layer.cause for layer in self.layers],
+        layers = self.ranked
+        return draw_bars(
+            [layer.path for layer in layers],
+            [layer.lag for layer in layers],
+            [layer.cause for layer in layers],
+            [layer.noise for layer in layers],
             quiet=HEALTHY,
+            label="noise floor",
             title=self.headline,
             axes=ax,
         )
@@ -254,37 +283,44 @@ class BatchNormReport:
             return line
         return f"{line}, {self.loss_recalibrated:.4g} if recalibrated on these examples"
 
+    @property
+    def ranked(self) -> tuple[LayerReport, ...]:
+        """All layers, worst first: those that are not healthy, then by their lag."""
+        lagging = self.lagging
+        paths = {layer.path for layer in lagging}
+        rest = [layer for layer in self.layers if layer.path not in paths]
+        return (*lagging, *sorted(rest, key=severity, reverse=True))
+
     def __str__(self) -> str:
         if not self.layers:
             return "No BatchNormalization layers."
-        lines = [self.headline, table([list(_COLUMNS), *self._rows()]), *self._notes()]
-        return "\n".join(lines)
+        rows = [list(_COLUMNS), *self._rows()]
+        episodes = [f"  {line}" for line in self.history]
+        return "\n".join([self.headline, *episodes, table(rows), *self._notes()])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        head = f"<p>{html.escape(self.headline)}</p>"
-        return head + _html_table(list(_COLUMNS), self._rows()) + notes
+        lines = [_paragraph(line) for line in (self.headline, *self.history)]
+        notes = [_paragraph(note) for note in self._notes()]
+        table = _html_table(list(_COLUMNS), self._rows()) if self.layers else ""
+        return "".join([*lines, table, *notes])
 
     @property
-    def _shown(self) -> Sequence[LayerReport]:
-        """The layers in the table: all in model order, or the worst of many."""
-        if len(self.layers) <= MAX_ROWS:
-            return self.layers
-        healthy = [layer for layer in self.layers if layer.cause == HEALTHY]
-        rest = sorted(healthy, key=severity, reverse=True)
-        return [*self.lagging, *rest][:MAX_ROWS]
+    def history(self) -> list[str]:
+        """A line for each episode, the latest if there are many."""
+        left = len(self.episodes) - MAX_LINES
+        more = [f"… {left} earlier ones"] if left > 0 else []
+        return more + [str(episode) for episode in self.episodes[-MAX_LINES:]]
 
     def _rows(self) -> list[list[str]]:
-        return [[cell(layer) for cell in _COLUMNS.values()] for layer in self._shown]
+        shown = self.ranked[:MAX_ROWS]
+        return [[cell(layer) for cell in _COLUMNS.values()] for layer in shown]
 
     def _notes(self) -> list[str]:
-        cut = len(self.layers) - len(self._shown)
+        left = self.ranked[MAX_ROWS:]
         notes = []
-        if cut:
-            sick = len(self.lagging) - sum(
-                layer.cause != HEALTHY for layer in self._shown
-            )
-            notes.append(f"… and {cut} more layers, {sick} of them not healthy")
+        if left:
+            sick = len(self.lagging) - min(MAX_ROWS, len(self.lagging))
+            notes.append(f"… and {len(left)} more layers, {sick} of them not healthy")
         notes += [self.loss_line] if self.loss_line else []
         # The advice for the worst layer of each cause.
         advice = {layer.cause: layer.advice for layer in reversed(self.lagging)}
@@ -359,8 +395,17 @@ class RecalibrationReport:
         after = self.residuals or [None] * len(self.before.layers)
         return list(zip(self.before.layers, after, strict=True))
 
+    @property
+    def ranked(self) -> list[tuple[LayerReport, float | None]]:
+        """The same, worst before first."""
+        return sorted(
+            self.before_and_after(), key=lambda pair: severity(pair[0]), reverse=True
+        )
+
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draws the lag of each layer before, as a bar, and after, as a mark.
+
+        The worst layer is at the top; of many, the worst are drawn.
 
         Needs matplotlib: `pip install "bn-callbacks[plot]"`. What is left after is
         known only where a pass has measured it, so not with `refine=0`.
@@ -380,11 +425,14 @@ class RecalibrationReport:
         >>> report.plot().get_xlabel()
         'lag (standard deviations)'
         """
-        pairs = self.before_and_after()
-        return draw_before_and_after(
+        pairs = self.ranked
+        return draw_bars(
             [layer.path for layer, _ in pairs],
             [layer.lag for layer, _ in pairs],
+            ["before"] * len(pairs),
             [after for _, after in pairs],
+            quiet="",
+            label="after",
             title=self.headline,
             axes=ax,
         )
@@ -416,13 +464,16 @@ class RecalibrationReport:
         return "\n".join([text + ".", *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
+        pairs = self.ranked
         rows = [
             [layer.path, _number(layer.lag), _number(left)]
-            for layer, left in self.before_and_after()
+            for layer, left in pairs[:MAX_ROWS]
         ]
+        lines = str(self).split("\n")
+        if len(pairs) > MAX_ROWS:
+            lines.append(f"… and {len(pairs) - MAX_ROWS} more layers")
         table = _html_table(["layer", "lag before", "lag after"], rows)
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in str(self).split("\n"))
-        return lines + table
+        return "".join(map(_paragraph, lines)) + table
 
 
 def _left_behind() -> None:
@@ -464,10 +515,20 @@ def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
-        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        inner = "".join(f"<{tag}>{_html(cell)}</{tag}>" for cell in cells)
         return f"<tr>{inner}</tr>"
 
     return f"<table>{row('th', head)}{''.join(row('td', r) for r in rows)}</table>"
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{_html(text)}</p>"
+
+
+def _html(text: str) -> str:
+    """Text that a notebook shows as it is: no tags, and no formulas between dollars."""
+    # What begins a formula in notebooks does not where it is alone in its element.
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(text))
 
 
 def plain(value: Any) -> Any:

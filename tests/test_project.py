@@ -15,14 +15,8 @@ PACKAGE = ROOT / "bn_callbacks"
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
     {
-        "arguments",
-        "budget",
-        "distribution",
-        "installing",
-        "names",
-        "pictures",
-        "statistics",
-        "version",
+        *("arguments", "budget", "distribution", "episodes", "installing", "names"),
+        *("pictures", "statistics", "version", "warn"),
     },
     {"layers", "report"},
     {"evidence", "measuring"},

@@ -1,10 +1,13 @@
 """Reports: order, figures, table, dictionary, notebook."""
 
 import dataclasses
+import html
 import json
 import math
+import re
 import warnings
 
+import numpy as np
 import pytest
 
 import bn_callbacks
@@ -12,10 +15,14 @@ from bn_callbacks import (
     BatchNormLagWarning,
     BatchNormReport,
     BatchNormWarning,
+    Episode,
     LayerReport,
     RecalibrationReport,
 )
-from bn_callbacks.report import MAX_ROWS
+from bn_callbacks.report import MAX_ROWS, layer_reports
+from bn_callbacks.statistics.evidence import Evidence
+from bn_callbacks.statistics.losses import Family
+from bn_callbacks.statistics.moments import Statistics
 
 INF, NAN = math.inf, math.nan
 
@@ -108,13 +115,13 @@ def test_the_table_is_aligned_and_followed_by_losses_and_advice():
     head, *lines = str(full_report()).splitlines()
     assert head == full_report().headline
     assert lines[0].split("  ")[0] == "layer"
-    assert [line.split()[0] for line in lines[1:3]] == ["a", "model/<b>&bn"]
+    assert [line.split()[0] for line in lines[1:3]] == ["model/<b>&bn", "a"]
     for name in ("cause", "lag", "momentum"):
         assert name in lines[0]
     # Figures end where their heading ends.
     end = lines[0].index("lag") + len("lag")
-    assert lines[1][:end].endswith(" -")
-    assert lines[2][:end].endswith(" 1.25")
+    assert lines[1][:end].endswith(" 1.25")
+    assert lines[2][:end].endswith(" -")
     assert lines[3].startswith("loss: 3 in inference mode, 2 with batch statistics")
     assert "(gap 1.5)" in lines[3]
     assert lines[4] == 'warming_up: Wait <long> & "well".'
@@ -272,3 +279,84 @@ def test_warnings_bear_the_public_name_and_can_be_silenced_as_one():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BatchNormWarning)
         warnings.warn("lag", BatchNormLagWarning, stacklevel=1)
+
+
+# --- What a notebook and a terminal are shown
+
+
+@pytest.mark.parametrize(
+    "name", ["$x$ and $y$", r"\(x\)", r"\begin{b}", "<img src=x>", "&lt;"]
+)
+def test_a_notebook_makes_no_markup_and_no_formula_of_a_name(name):
+    episode = Episode("noisy", 1, 1, 1, 1, (name,), name, 0.5)
+    report = BatchNormReport(
+        (LayerReport(name, "noisy", lag=0.5),), episodes=(episode,)
+    )
+    recalibrated = recalibration(before=report, residuals=(0.1,), skipped=(name,))
+    for view in (report._repr_html_(), recalibrated._repr_html_()):
+        tags = set(re.findall(r"</?(\w+)", view))
+        assert tags <= {"p", "table", "tr", "th", "td", "span"}
+        # MathJax looks for both ends of a formula in one element.
+        pieces = re.split(r"<[^>]*>", view)
+        assert not any(
+            len(piece) > 1 and re.search(r"[$\\]", piece) for piece in pieces
+        )
+        assert name in html.unescape(re.sub(r"<[^>]*>", "", view))
+
+
+def test_a_notebook_shows_30_layers_at_most_worst_first():
+    layers = [LayerReport(f"bn_{i}", "noisy", lag=i) for i in range(MAX_ROWS + 5)]
+    report = BatchNormReport(tuple(layers))
+    recalibrated = recalibration(before=report, residuals=(0.1,) * len(layers))
+    for view in (report._repr_html_(), recalibrated._repr_html_()):
+        rows = re.findall(r"<tr><td>(\w+)", view)
+        assert len(rows) == MAX_ROWS
+        assert rows[0] == f"bn_{MAX_ROWS + 4}"
+        assert "and 5 more layers" in view
+
+
+def test_worst_comes_first_also_in_small_reports():
+    layers = (LayerReport("a", lag=0.1), LayerReport("b", "noisy", lag=0.3),
+              LayerReport("c", lag=0.9), LayerReport("d"))  # fmt: skip
+    lines = str(BatchNormReport(layers)).splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == ["b", "c", "a", "d"]
+
+
+def test_a_healthy_layer_that_is_far_off_says_what_clears_it():
+    report = BatchNormReport((LayerReport("a", lag=1.2, cleared="drifting"),))
+    assert "healthy (loss clears drifting)" in str(report)
+    assert "healthy (loss clears drifting)" in report._repr_html_()
+
+
+def far_off(family, lag=1.0):
+    """Evidence of a layer that lags behind its batches by so much, and nothing else."""
+    count = 8
+    windows = Statistics(
+        np.full((8, count), lag) + np.linspace(0, 0.5, 8)[:, None], np.ones((8, count))
+    )
+    return Evidence(
+        "bn",
+        momentum=0.99,
+        epsilon=1e-3,
+        moving=Statistics(np.zeros(count), np.ones(count)),
+        batch=Statistics(np.full(count, lag), np.ones(count)),
+        updates=100_000,
+        start=Statistics(np.zeros(count), np.ones(count)),
+        windows=windows,
+        window_updates=50,
+        window_share=0.02,
+        batch_size=64,
+        family=family,
+    )
+
+
+def test_what_the_losses_have_cleared_is_found_by_asking_without_them():
+    (alone,) = layer_reports([far_off(Family.UNKNOWN)])
+    (cleared,) = layer_reports([far_off(Family.INNOCENT)])
+    assert alone.cause != "healthy"
+    assert alone.cleared == ""
+    assert (cleared.cause, cleared.cleared) == ("healthy", alone.cause)
+    (near,) = layer_reports([far_off(Family.INNOCENT, lag=0.1)])
+    assert near.cleared == ""
+    (unclear,) = layer_reports([far_off(Family.UNCLEAR)])
+    assert unclear.cleared == ""

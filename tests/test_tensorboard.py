@@ -1,5 +1,6 @@
 """What a `fit` leaves under `log_dir`, read back from the event files."""
 
+import copy
 import html
 import itertools
 import os
@@ -32,7 +33,8 @@ from bn_callbacks import (
 from bn_callbacks.layers import find, iterations
 from bn_callbacks.tensorboard import SUBDIRECTORY, ReportWriter
 from bn_callbacks.tensorboard.panels import escape, recalibration_panel
-from bn_callbacks.tensorboard.writer import OVERVIEW
+from bn_callbacks.tensorboard.runs import choose_run
+from bn_callbacks.tensorboard.writer import CARD, WHOLE
 
 BATCH = 16
 X = np.random.default_rng(0).normal(3, 2, (10 * BATCH, 3)).astype("float32")
@@ -94,6 +96,10 @@ def event_files(log_dir):
     return sorted((Path(log_dir) / SUBDIRECTORY).glob("events.*"))
 
 
+def runs_of(log_dir):
+    return sorted(path.name for path in Path(log_dir).glob(f"{SUBDIRECTORY}*"))
+
+
 def approx(values):
     return pytest.approx(values, rel=1e-6)
 
@@ -120,20 +126,14 @@ def test_every_figure_of_each_epochs_report_is_a_scalar(tmp_path):
     for tag, values in expected.items():
         known = {s: v for s, v in zip(steps, values, strict=True) if v is not None}
         assert written.pop(tag, {}) == approx(known), tag
-    assert all(tag.startswith(f"{OVERVIEW}/") for tag in written)
+    assert written == {}, "and nothing is there twice"
 
 
-def test_the_summary_is_also_where_tensorboard_shows_it_first(tmp_path):
-    fit(make_model(), monitor_of(tmp_path, probe=(X, Y)))
-    written = read(tmp_path)
-    summary = {tag for tag in written if tag.startswith("bn/summary/")}
-    assert {f"{OVERVIEW}/{tag.split('/')[2]}" for tag in summary} == {
-        tag for tag in written if tag.startswith(OVERVIEW)
-    }
-    for tag in summary:
-        assert written[tag] == written[f"{OVERVIEW}/{tag.split('/')[2]}"]
+def test_the_picture_is_where_tensorboard_shows_it_first(watched):
+    tags = events_of(watched.directory).Tags()["tensors"]
     # TensorBoard sorts groups by the codes of their characters.
-    assert sorted(written)[0].startswith(OVERVIEW)
+    assert min(tags) == CARD
+    assert list(read(watched.directory, plugin="images")) == [CARD]
 
 
 def test_scalars_say_what_they_are(tmp_path):
@@ -151,8 +151,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
     layers = (LayerReport("a", lag=0.5), LayerReport("b/c", noise=0.1))
     writer.write(BatchNormReport(layers), 7)
     writer.close()
-    written = read(tmp_path)
-    assert {tag: v for tag, v in written.items() if not tag.startswith(OVERVIEW)} == {
+    assert read(tmp_path) == {
         "bn/summary/max_lag": {7: 0.5},
         "bn/summary/layers_lagging": {7: 0.0},
         "bn/lag/a": {7: 0.5},
@@ -222,7 +221,7 @@ def test_lives_beside_the_callback_of_keras_in_the_same_log_dir(tmp_path):
     history = fit(make_model(), monitor_of(log_dir), keras_own).history
     assert {"batch_norm", "train"} <= set(os.listdir(log_dir))
     own = read(log_dir)
-    assert all(tag.startswith(("bn/", f"{OVERVIEW}/")) for tag in own)
+    assert all(tag.startswith("bn/") for tag in own)
     assert read(log_dir, "train")["epoch_bn_lag"] == {0: approx(history["bn_lag"][0])}
 
 
@@ -410,6 +409,16 @@ def test_once_an_epoch_there_is_a_histogram_of_the_channels_lags(watched):
             assert low * (1 - 1e-6) <= lag <= high * (1 + 1e-6)
 
 
+def test_a_large_model_has_a_picture_of_all_layers_besides(tmp_path):
+    for count, tags in ((15, {CARD}), (16, {CARD, WHOLE})):
+        writer = ReportWriter(tmp_path / f"{count}")
+        layers = tuple(LayerReport(f"bn_{index}", lag=0.5) for index in range(count))
+        writer.write(BatchNormReport(layers), 1, ends_epoch=True)
+        writer.conclude(BatchNormReport(layers), 2)
+        writer.close()
+        assert read(tmp_path / f"{count}", plugin="images").keys() == tags
+
+
 def test_at_the_end_there_is_a_heat_map_of_all_layers(watched):
     (pictures,) = read(watched.directory, plugin="images").values()
     assert set(pictures) <= {10, 20, 30}
@@ -453,16 +462,16 @@ def test_the_report_is_a_table_once_an_epoch(watched):
     report = watched.monitor.report
     panels = texts(watched.directory)["bn/report"]
     assert list(panels) == [10, 20, 30]
-    head, *rows = [row for row in panels[30].splitlines() if row.startswith("|")]
-    assert head == (
-        "| layer | cause | lag | noise | start weight | since step | advice |"
-    )
+    rows = [row for row in panels[30].splitlines() if row.startswith("|")]
+    head = "| layer | cause | lag | noise | start weight | since step |"
+    rows = rows[rows.index(head) + 1 :]
     cells = [cell.strip() for cell in rows[1].strip("|").split("|")]
     worst = report.worst
     assert cells[:3] == [escape(worst.path), escape(worst.cause), f"{worst.lag:.3g}"]
     assert cells[4] == f"{worst.start_weight:.3g}"
     assert int(cells[5]) in range(1, 31)
-    assert cells[6].replace("<br>", " ") == escape(worst.advice)
+    shown = re.sub("</?code>", escape("`"), panels[30])
+    assert f"- **{escape(worst.cause)}**: {escape(worst.advice)}\n" in shown
     assert f"gap {report.loss_gap:.3g}" in panels[30]
 
 
@@ -546,7 +555,7 @@ def test_only_so_many_layers_have_charts_and_all_are_in_the_summary(tmp_path):
 
 def test_no_charts_of_layers_are_a_choice_too(tmp_path):
     fit(make_model(), monitor_of(tmp_path, max_charts=0))
-    assert all(t.startswith((OVERVIEW, "bn/summary")) for t in read(tmp_path))
+    assert all(tag.startswith("bn/summary") for tag in read(tmp_path))
     assert read(tmp_path, plugin="images")
 
 
@@ -564,7 +573,7 @@ def test_event_files_stay_small(tmp_path, layers):
     name = max(len(layer.path) for layer in report.layers)
     # As docs/tensorboard.md states it.
     assert cost.step <= 600 + charted * 9 * (50 + name)
-    assert cost.epoch <= 100_000
+    assert cost.epoch <= 25_000 + 500 * layers
     assert cost.seconds < 0.05
 
 
@@ -577,8 +586,9 @@ def test_the_callback_of_keras_does_not_decide_when_we_write(tmp_path):
                  monitor_of(tmp_path, 1)]  # fmt: skip
     for order in (callbacks, callbacks[::-1]):
         fit(make_model(), *order)
-    assert list(read(tmp_path)["bn/summary/max_lag"]) == list(range(1, 11))
-    assert len(event_files(tmp_path)) == 2
+    assert len(runs_of(tmp_path)) == 2
+    for run in runs_of(tmp_path):
+        assert list(read(tmp_path, run)["bn/summary/max_lag"]) == list(range(1, 11))
 
 
 def test_steps_are_those_of_the_batches_of_keras(tmp_path):
@@ -593,6 +603,118 @@ def test_steps_are_those_of_the_batches_of_keras(tmp_path):
     if steps == [0]:
         pytest.skip("Keras 3.0 gives all batches the step 0.")
     assert steps == list(read(tmp_path)["bn/summary/max_lag"]) == made
+
+
+# --- Trials in one log_dir, and trainings that resume
+
+
+def test_each_training_has_a_run_of_its_own(tmp_path):
+    monitor = monitor_of(tmp_path)
+    for _ in range(3):  # As keras-tuner does it, with copies of one callback.
+        fit(make_model(), copy.deepcopy(monitor), epochs=2)
+    first, *others = runs_of(tmp_path)
+    assert first == SUBDIRECTORY
+    for number, run in enumerate(others, 2):
+        assert re.fullmatch(rf"batch_norm_{number}_\d{{8}}-\d{{6}}", run)
+    for run in (first, *others):
+        assert 20 in read(tmp_path, run)["bn/summary/max_lag"]
+        assert len(list((tmp_path / run).glob("events.*"))) == 1
+        assert read(tmp_path, f"{run}/moving")
+        assert read(tmp_path, f"{run}/batch")
+
+
+@pytest.mark.parametrize("is_same_process", [True, False])
+def test_a_training_that_resumes_goes_on_in_its_own_run(tmp_path, is_same_process):
+    models = make_model(), make_model()
+    for model in models:
+        fit(model, monitor_of(tmp_path, 1000), epochs=2)
+    if not is_same_process:
+        # As in another process: nothing is remembered, and the run is the longest.
+        fit(models[1], monitor_of(tmp_path, 1000), epochs=3, initial_epoch=2)
+        for model in models:
+            bn_callbacks.callbacks.monitor._writers.pop(model)
+    runs = runs_of(tmp_path)
+    which = 0 if is_same_process else 1
+    begin = 2 if is_same_process else 3
+    fit(models[which], monitor_of(tmp_path, 1000), epochs=4, initial_epoch=begin)
+    assert runs_of(tmp_path) == runs
+    steps = [list(read(tmp_path, run)["bn/summary/max_lag"]) for run in runs]
+    assert steps[which] == [10, 20, 30, 40]
+    assert steps[1 - which] == [10, 20]
+
+
+def test_a_training_that_was_interrupted_goes_on_in_the_run_that_had_come_as_far(
+    tmp_path,
+):
+    for last in (20, 50, 90):
+        writer = ReportWriter(tmp_path)
+        for step in range(10, last + 1, 10):
+            writer.write(BatchNormReport(), step)
+        writer.close()
+    short, middle, _ = runs_of(tmp_path)
+    assert Path(choose_run(str(tmp_path), 40)).name == middle
+    assert Path(choose_run(str(tmp_path), 20)).name == short
+    # Nobody has come so far: a model that was trained elsewhere.
+    assert Path(choose_run(str(tmp_path), 91)).name.startswith("batch_norm_4_")
+
+
+def test_two_processes_that_begin_at_once_do_not_share_a_run(tmp_path, monkeypatch):
+    # Each looks before the others have made their directory.
+    monkeypatch.setattr(tf.io.gfile, "glob", lambda pattern: [])
+    runs = {choose_run(str(tmp_path), 0) for _ in range(3)}
+    assert len(runs) == 3
+
+
+def test_the_heat_map_of_a_training_that_resumes_shows_all_of_it(tmp_path):
+    model, monitor = make_model(), monitor_of(tmp_path, 1000)
+    fit(model, monitor, epochs=2)
+    first = monitor._writer
+    fit(model, monitor, epochs=4, initial_epoch=2)
+    assert monitor._writer is first
+    assert first._history.edges == [0, 10, 20, 30, 40]
+    assert [len(each.layers) for each in monitor.report.episodes] == [2]
+
+
+def test_a_training_that_resumes_may_watch_other_layers(tmp_path):
+    model = make_model()
+    fit(model, monitor_of(tmp_path, 1000), epochs=1)
+    some = monitor_of(tmp_path, 1000, layers=[find(model)[0].path])
+    fit(model, some, epochs=2, initial_epoch=1)
+    assert len(runs_of(tmp_path)) == 1
+    assert some._writer._history.edges == [10, 20]
+    assert list(read(tmp_path)["bn/summary/max_lag"]) == [10, 20]
+
+
+def test_a_recompiled_model_begins_anew(tmp_path):
+    model = make_model()
+    fit(model, monitor_of(tmp_path))
+    model.compile("sgd", "mse")
+    fit(model, monitor_of(tmp_path))
+    assert len(runs_of(tmp_path)) == 2
+
+
+# --- Charts go where the trouble is
+
+
+def test_a_chart_that_begins_late_has_its_past(tmp_path):
+    writer = ReportWriter(tmp_path, max_charts=2)
+    lags = {f"bn_{index}": 0.01 * index for index in range(6)}
+    for step in range(1, 9):
+        if step == 6:
+            lags["bn_0"] = 0.9
+        layers = [
+            LayerReport(path, "noisy" if lag > 0.2 else "healthy", lag=lag, noise=0.001)
+            for path, lag in lags.items()
+        ]
+        writer.write(BatchNormReport(tuple(layers)), step)
+    writer.close()
+    written = read(tmp_path)
+    charted = {tag for tag in written if tag.startswith("bn/lag/")}
+    assert charted == {"bn/lag/bn_5", "bn/lag/bn_0"}
+    expected = {step: 0.0 if step < 6 else 0.9 for step in range(1, 9)}
+    assert written["bn/lag/bn_0"] == approx(expected)
+    assert written["bn/noise/bn_0"] == approx(dict.fromkeys(expected, 0.001))
+    assert list(written["bn/lag/bn_5"]) == list(range(1, 9))
 
 
 # --- What the file system does

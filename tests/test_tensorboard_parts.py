@@ -1,18 +1,28 @@
 """Which layers have charts, what is remembered, and how texts are laid out."""
 
+import email.message
 import html
 import itertools
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
 
 from bn_callbacks import BatchNormReport, LayerReport, RecalibrationReport
-from bn_callbacks.tensorboard.charts import ChartedLayers, make_layout, worst_first
-from bn_callbacks.tensorboard.history import MAX_COLUMNS, LagHistory
+from bn_callbacks.episodes import Episode
+from bn_callbacks.report import MAX_ROWS
+from bn_callbacks.statistics import causes
+from bn_callbacks.tensorboard import panels
+from bn_callbacks.tensorboard.charts import (
+    RECOVERED,
+    TURNOVER,
+    ChartedLayers,
+    make_layout,
+)
+from bn_callbacks.tensorboard.history import FIGURES, MARKS, MAX_COLUMNS, History
 from bn_callbacks.tensorboard.panels import (
-    MAX_ROWS,
     escape,
     recalibration_panel,
     report_panel,
@@ -54,45 +64,62 @@ def test_of_a_large_model_the_worst_get_half_of_the_charts():
     assert paths(ChartedLayers(5).update(healthy)) == ["17", "18", "19"]
 
 
+def test_the_worst_layer_gets_a_free_place_at_once():
+    charted = ChartedLayers(4)
+    lags = np.linspace(0.01, 0.1, 10)
+    assert paths(charted.update(report_of(lags))) == ["8", "9"]
+    lags[0] = 3.0
+    assert paths(charted.update(report_of(lags))) == ["0", "8", "9"]
+
+
 def test_a_layer_that_stays_among_the_worst_gets_a_chart():
     charted = ChartedLayers(4)
     lags = np.linspace(0.3, 1, 10)
     assert paths(charted.update(report_of(lags))) == ["8", "9"]
-    lags[0] = 3.0
-    seen = [paths(charted.update(report_of(lags))) for _ in range(4)]
-    assert seen == [["8", "9"], ["8", "9"], ["0", "8", "9"], ["0", "8", "9"]]
+    lags[:2] = 2.0, 3.0
+    seen = [paths(charted.update(report_of(lags))) for _ in range(3)]
+    assert seen == [["1", "8", "9"], ["1", "8", "9"], ["0", "1", "8", "9"]]
 
 
-def test_layers_that_are_bad_for_a_moment_get_none():
+def test_the_place_of_a_layer_long_healthy_is_taken_over():
     charted = ChartedLayers(4)
-    rng = np.random.default_rng(0)
-    charted.update(report_of(np.full(50, 0.3)))
-    before = paths(charted.update(report_of(np.full(50, 0.3))))
-    for step in range(40):
-        lags = np.full(50, 0.1)
-        lags[[step % 48 + 2, rng.integers(2, 50)]] = 2.0
-        assert paths(charted.update(report_of(lags))) == before
+    lags = np.full(10, 0.1)
+    lags[6:] = 0.5, 0.6, 0.7, 0.8
+    for _ in range(4):
+        before = charted.update(report_of(lags))
+    assert paths(before) == ["8", "9"]
+    for sick in (0, 1):
+        lags[sick] = 2.0 + sick
+        charted.update(report_of(lags))
+    lags[9] = 0.1  # It recovers, and nobody else does.
+    lags[2] = 5.0
+    for _ in range(RECOVERED - 1):
+        assert "2" not in paths(charted.update(report_of(lags)))
+    assert paths(charted.update(report_of(lags))) == ["0", "1", "2", "8"]
 
 
-def test_charts_never_end_and_there_are_never_more():
+def test_charts_do_not_flicker_and_there_are_never_more():
     charted, rng = ChartedLayers(6), np.random.default_rng(0)
-    before: set[str] = set()
-    for _ in range(60):
-        worst = rng.integers(0, 40)
-        for _ in range(4):
-            lags = rng.uniform(0.3, 0.5, 40)
-            lags[worst] = 2.0
-            now = set(paths(charted.update(report_of(lags))))
-            assert before <= now
-            before = now
-    assert len(before) == 6
+    ever: set[str] = set()
+    since: dict[str, int] = {}
+    for look in range(400):
+        lags = rng.uniform(0.0, 0.1, 40)
+        lags[rng.integers(0, 40, 2)] = 2.0
+        now = set(paths(charted.update(report_of(lags))))
+        assert len(now) <= 6
+        for path in now - set(since):
+            since[path] = look
+        for path in set(since) - now:
+            assert look - since.pop(path) >= RECOVERED - 1
+        ever |= now
+    assert 6 < len(ever) <= TURNOVER * 6
 
 
 def test_healthy_layers_get_no_further_chart():
     charted = ChartedLayers(4)
     report = report_of(np.linspace(0, 0.1, 10))
     charted.update(report)
-    for _ in range(5):
+    for _ in range(3 * RECOVERED):
         other = report_of(np.linspace(0.1, 0, 10))
         assert paths(charted.update(other)) == ["8", "9"]
 
@@ -109,7 +136,7 @@ def test_the_worst_are_those_with_a_cause_and_then_the_largest_lags():
         LayerReport("d"),
         LayerReport("e", "non_finite", lag=INF),
     )
-    assert paths(worst_first(BatchNormReport(layers))) == ["e", "b", "c", "a", "d"]
+    assert paths(BatchNormReport(layers).ranked) == ["e", "b", "c", "a", "d"]
 
 
 @pytest.mark.parametrize("path", ["net/bn", "a.b(c)+[d]", "bn$", "bn_1"])
@@ -127,30 +154,38 @@ def test_a_charts_expression_matches_its_layer_alone(path):
 # --- History
 
 
-def test_history_keeps_steps_and_lags():
-    history = LagHistory(start=100)
-    history.add(110, [0.1, None])
-    history.add(130, [0.2, NAN])
+def found(*lags, cause=""):
+    return [LayerReport("bn", cause or "healthy", lag=lag) for lag in lags]
+
+
+def test_history_keeps_steps_lags_and_causes():
+    history = History(start=100)
+    history.add(110, found(0.1, None))
+    history.add(130, found(0.2, NAN, cause="drifting"))
     assert history.edges == [100, 110, 130]
     np.testing.assert_array_equal(history.lags, [[0.1, 0.2], [NAN, INF]])
+    assert history.marks.tolist() == [["", "D"], ["", "D"]]
 
 
 def test_the_same_step_again_replaces_what_was_found():
-    history = LagHistory(0)
-    history.add(0, [0.1])
-    history.add(0, [0.2])
+    history = History(0)
+    history.add(0, found(0.1))
+    history.add(0, found(0.2, cause="noisy"))
     assert history.edges == [0, 1]
     assert history.lags.tolist() == [[0.2]]
+    assert history.marks.tolist() == [["N"]]
 
 
 @pytest.mark.parametrize("count", [MAX_COLUMNS, MAX_COLUMNS + 1, 1000, 1023])
-def test_a_long_history_takes_no_more_room_and_forgets_no_lag(count):
-    history = LagHistory(0)
+def test_a_long_history_takes_no_more_room_and_forgets_nothing(count):
+    history = History(0)
     rng = np.random.default_rng(0)
     lags = rng.uniform(0, 1, count)
     lags[count // 3] = 7.0
+    sick = count // 2
     for step, lag in enumerate(lags, 1):
-        history.add(step, [lag, None])
+        cause = "outliers" if step == sick else ""
+        history.add(step, [*found(lag, None), *found(lag / 100, cause=cause)])
     columns = history.lags
     edges = history.edges
     assert MAX_COLUMNS // 2 <= columns.shape[1] <= MAX_COLUMNS
@@ -161,6 +196,31 @@ def test_a_long_history_takes_no_more_room_and_forgets_no_lag(count):
     expected = [max(lags[a:b]) for a, b in itertools.pairwise(edges)]
     assert columns[0].tolist() == expected
     assert np.isnan(columns[1]).all()
+    # A cause is worse than a large lag.
+    ((row, column),) = np.argwhere(history.marks != "")
+    assert row == 2
+    assert edges[column] < sick <= edges[column + 1]
+    assert columns[2, column] == lags[sick - 1] / 100
+
+
+def test_the_past_of_a_layer_is_what_was_known():
+    history = History(0)
+    history.add(5, [LayerReport("a"), LayerReport("b", lag=0.5, noise=0.1)])
+    history.add(9, [LayerReport("a"), LayerReport("b", lag=NAN, start_weight=0.25)])
+    assert list(history.past(1)) == [
+        (5, {"lag": 0.5, "noise": 0.1}),
+        (9, {"start_weight": 0.25}),
+    ]
+    assert list(history.past(0)) == [(5, {}), (9, {})]
+    assert {"lag", "noise"} < set(FIGURES)
+
+
+def test_each_cause_has_a_letter_of_its_own():
+    words = {
+        word for name, word in vars(causes).items() if name.isupper()
+    } - {causes.HEALTHY}  # fmt: skip
+    assert MARKS.keys() == words
+    assert len(set(MARKS.values())) == len(words)
 
 
 # --- Texts
@@ -190,9 +250,11 @@ def test_the_worst_come_first_and_say_since_when():
     assert [row[5] for row in rows] == ["70", "", ""]
 
 
-def test_advice_is_given_once_for_a_cause():
-    _, _, *rows = table_of(report_panel(report_of([0.1, 0.5, 0.9]), {}))
-    assert [row[6] for row in rows] == ["Advice 2.", "As for 2.", ""]
+def test_advice_is_given_once_for_a_cause_and_is_that_of_the_worst():
+    panel = report_panel(report_of([0.1, 0.5, 0.9]), {})
+    assert panel.count("Advice") == 1
+    assert "What to do:\n\n- **drifting**: Advice 2." in panel
+    assert "What to do" not in report_panel(report_of([0.1]), {})
 
 
 def test_a_large_model_has_a_short_table():
@@ -215,15 +277,90 @@ def test_what_else_is_known_follows():
     ]
 
 
-@pytest.mark.parametrize("name", ["a|b", "<b>x</b>", "*a*_b_", "`a`", "[a](b)", "a\\b"])
+NAMES = (
+    *("a|b", "<b>x</b>", "*a*_b_", "`a`", "[a](b)", "![a](b)", "a\\b", "&amp;", "> a"),
+    *("- a", "1. a", "# a", "a\n\n# b", "    a", "~~~", "---", "http://a.b/"),
+)  # fmt: skip
+
+
+def shown_by_tensorboard(text):
+    """The HTML that TensorBoard makes of a text."""
+    with warnings.catch_warnings():
+        # Older versions bring an html5lib that does not like itself.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard import plugin_util
+
+        return plugin_util.markdown_to_safe_html(text)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_names_are_shown_as_they_are(name):
-    markdown = pytest.importorskip("markdown")
-    text = markdown.markdown(
-        report_panel(BatchNormReport((LayerReport(name),)), {}), extensions=["tables"]
+    episode = Episode("noisy", 1, 2, 1, 1, (name,), name, 0.5, advice="Do `it`.")
+    layers = (LayerReport(name, "noisy", lag=0.5, advice="Do `it`."),
+              LayerReport("other", "noisy", lag=0.3, advice="Do `it`."))  # fmt: skip
+    report = BatchNormReport(layers, clues=(name,), episodes=(episode,))
+    text = shown_by_tensorboard(report_panel(report, {}))
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text, re.DOTALL)
+    shown = " ".join(name.split())
+    assert html.unescape(cells[0]) == shown
+    assert f": {shown} by 0.5</li>" in html.unescape(text)
+    assert f"<p>{shown}</p>" in html.unescape(text)
+    tags = set(re.findall(r"</?(\w+)", text))
+    ours = "h3 table thead tbody tr th td p ul li strong code"
+    assert tags == set(ours.split())
+    assert re.findall("<code>(.*?)</code>", text) == ["it"]
+    recalibration = RecalibrationReport(report, None, 1, 1, 1, committed=True)
+    assert "<b>" not in shown_by_tensorboard(recalibration_panel(recalibration))
+
+
+def test_code_in_advice_is_code():
+    layer = LayerReport("bn", "noisy", lag=0.5, advice="Do `f(x, y=*z)` or `_a_`.")
+    text = shown_by_tensorboard(report_panel(BatchNormReport((layer,)), {}))
+    assert "`" not in html.unescape(text)
+    code = re.findall("<code>(.*?)</code>", html.unescape(text))
+    assert code == ["f(x, y=*z)", "_a_"]
+
+
+def test_the_panel_tells_what_came_and_went_first():
+    when = (130, 140, 7, 7)
+    past = Episode("outliers", *when, ("b", "a"), "b", 1.65, 3.2, advice="Look.")
+    now = Episode("noisy", 150, 150, 8, 8, ("a",), "a", 0.5, is_over=False)
+    report = report_of([0.1], episodes=(past, now))
+    panel = html.unescape(report_panel(report, {}))
+    assert panel.startswith(
+        "### 1 of 1 BatchNormalization layers healthy\n\n"
+        "What came and went:\n\n"
+        "- **outliers** in epoch 7 (steps 130-140): 2 layers, worst b by 1.6, "
+        "loss gap 3.2\n"
+        "- **noisy** since epoch 8 (step 150): a by 0.5\n\n"
+        "What to do:\n\n- **outliers**: Look."
     )
-    cells = re.findall(r"<td>(.*?)</td>", text)
-    assert html.unescape(cells[0]) == name
-    assert "<" not in cells[0]
+    many = report_of([0.1], episodes=(past,) * (panels.MAX_EPISODES + 3))
+    assert "went:\n\n- 3 earlier ones\n" in report_panel(many, {})
+
+
+def test_causes_are_links_where_the_documentation_has_an_address(monkeypatch):
+    report = report_of([0.5])
+    assert "<a " not in report_panel(report, {})
+    monkeypatch.setattr(panels, "_documentation", lambda: "https://docs.test/bn")
+    text = shown_by_tensorboard(report_panel(report, {}))
+    assert '<a href="https://docs.test/bn/causes/#drifting">drifting</a>' in text
+
+
+def test_the_address_is_that_of_the_installed_package(monkeypatch):
+    message = email.message.Message()
+    message["Project-URL"] = "Source, https://source.test"
+    message["Project-URL"] = "Documentation, https://docs.test/bn/"
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: message)
+    assert panels._documentation.__wrapped__() == "https://docs.test/bn"
+    del message["Project-URL"]
+    assert panels._documentation.__wrapped__() == ""
+
+
+def test_a_layer_that_the_loss_clears_says_so():
+    layer = LayerReport("bn", lag=1.5, cleared="drifting")
+    (_, _, row) = table_of(report_panel(BatchNormReport((layer,)), {}))
+    assert row[1] == "healthy (loss clears drifting)"
 
 
 def test_a_recalibration_shows_before_and_after():

@@ -4,7 +4,6 @@ import copy
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from bn_callbacks.arguments import shown
 from bn_callbacks.callbacks.company import complete_list, enlist, gather, listed
 from bn_callbacks.layers import check_keras, check_model, team_of
 from bn_callbacks.report import BatchNormReport, BatchNormWarning
+from bn_callbacks.warn import warn
 
 
 class BatchNormCallback(keras.callbacks.Callback):
@@ -172,12 +172,11 @@ def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:
 def warn_of_unknown(report: BatchNormReport, params: Mapping[str, Any] | None) -> None:
     """Says why nothing is known of layers that are not known to be healthy."""
     steps = (params or {}).get("steps")
-    warnings.warn(
+    warn(
         f"Nothing could be measured of {len(report.unknown)} of {len(report.layers)} "
         "BatchNormalization layers in this epoch, which may or may not lag: it is not "
         "known how many training steps were made. Received: data that ended before "
         f"steps={steps} were made. Pass `steps_per_epoch` that the data have, or use "
         "audit().",
         BatchNormWarning,
-        stacklevel=3,
     )

@@ -1,12 +1,12 @@
 """`DebiasBatchNorm`: takes the start values out of the moving averages."""
 
-import warnings
 from typing import Any
 
 from bn_callbacks.callbacks.base import BatchNormCallback
 from bn_callbacks.callbacks.company import company
 from bn_callbacks.layers import find, is_built
 from bn_callbacks.report import BatchNormWarning
+from bn_callbacks.warn import warn
 from bn_callbacks.watching.start_values import StartValues
 from bn_callbacks.watching.steps import StepCounter
 
@@ -108,11 +108,10 @@ class DebiasBatchNorm(BatchNormCallback):
         self._starts.take_out()
         if not self._starts.is_known and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 "DebiasBatchNorm cannot know how many updates were made, and leaves "
                 "the statistics as they are. Received: steps or updates a step "
                 "unknown, or a count that would leave a negative variance. Pass "
                 "`steps_per_epoch` to `fit`, or recalibrate instead.",
                 BatchNormWarning,
-                stacklevel=2,
             )

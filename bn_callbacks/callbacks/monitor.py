@@ -1,8 +1,10 @@
 """`BatchNormMonitor`: watches BN layers in `fit`."""
 
 import os
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import keras
 
 from bn_callbacks.arguments import (
     check_verbose,
@@ -24,6 +26,7 @@ from bn_callbacks.report import BatchNormLagWarning, BatchNormReport
 from bn_callbacks.statistics.causes import WARMING_UP
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD
 from bn_callbacks.tensorboard import MAX_CHARTS
+from bn_callbacks.warn import warn
 from bn_callbacks.watching.watch import BatchNormWatch
 
 if TYPE_CHECKING:
@@ -34,6 +37,11 @@ WRITING_SHARE = 0.003
 
 WRITING_COST = 2e-3
 """Seconds that writing takes for each layer: a guess, until it has been timed."""
+
+_writers: "WeakKeyDictionary[keras.Model, dict[str, ReportWriter]]" = (
+    WeakKeyDictionary()
+)
+"""What has written of a model, by directory: a `fit` that resumes goes on there."""
 
 
 class BatchNormMonitor(BatchNormCallback):
@@ -53,8 +61,10 @@ class BatchNormMonitor(BatchNormCallback):
     Args:
         log_dir: Directory for TensorBoard's files; nothing is written without it.
             They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`. The heat map of lags needs Pillow,
-            which newer versions of TensorBoard bring along.
+            of `keras.callbacks.TensorBoard`: `batch_norm`, or one with a number and the
+            time, where another training has written there. One that resumes goes on in
+            its own. The heat map of lags needs Pillow, which newer versions of
+            TensorBoard bring along.
         update_freq: How often to write charts besides each epoch's end: `"auto"`, the
             default, as often as takes a few thousandths of the time; `"batch"`, or a
             number of batches, whatever it costs. The averages are read at least as
@@ -71,14 +81,15 @@ class BatchNormMonitor(BatchNormCallback):
             of the sample itself. The three decide whether anything is wrong at all, and
             whether recalibrating would cure it.
         layers: Which layers, as `recalibrate` takes them; all by default.
-        verbose: 0, the default, is silent; 1, and `"auto"`, print the report at each
-            epoch's end.
+        verbose: 0, the default, is silent; 1, and `"auto"`, print the report of each
+            epoch, below its progress bar.
         max_charts: Layers that get charts of their own in TensorBoard, at most, 12 by
             default: those that lag most. The others are in the summary and in the heat
             map.
 
     Attributes:
-        report: The latest `BatchNormReport`; None before the first.
+        report: The latest `BatchNormReport`; None before the first. Its `episodes` say
+            what came and went; a `fit` that resumes with `initial_epoch` adds to them.
 
     Raises:
         ValueError: An argument is none of those above.
@@ -162,7 +173,8 @@ class BatchNormMonitor(BatchNormCallback):
         self._writer: ReportWriter | None = None
         self._budget: Budget | None = None
         self._is_chief = True
-        self._has_warned = False
+        self._has_warned = self._has_begun = False
+        self._unsaid = ""
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
@@ -170,7 +182,8 @@ class BatchNormMonitor(BatchNormCallback):
             self._watch.close()
         self._close()
         self.report = self._writer = self._budget = None
-        self._has_warned = False
+        self._has_warned = self._has_begun = False
+        self._unsaid = ""
         team = team_of(self.model)
         self._is_chief = team.is_chief
         if self.log_dir:
@@ -190,11 +203,19 @@ class BatchNormMonitor(BatchNormCallback):
         # Loads dozens of modules, which who writes nothing does not need.
         from bn_callbacks.tensorboard import ReportWriter
 
-        writer = ReportWriter(
-            log_dir, int(self.max_charts), self.threshold, iterations(self.model)
-        )
+        writer = ReportWriter(log_dir, int(self.max_charts), self.threshold)
         writer.check_directory()
         return writer
+
+    def _begin_writing(self, writer: "ReportWriter") -> "ReportWriter":
+        """With the first epoch, when others have restored what they restore."""
+        ours = _writers.setdefault(self.model, {})
+        log_dir, step = str(self.log_dir), iterations(self.model)
+        before = ours.get(log_dir)
+        if before is None or not before.resumes_as(writer, step):
+            before = ours[log_dir] = writer
+            writer.begin(step)
+        return before
 
     def _notice_layers(self, watch: BatchNormWatch) -> None:
         """Once the layers are found: says if there are none, plans the charts."""
@@ -209,8 +230,12 @@ class BatchNormMonitor(BatchNormCallback):
             watch.every = int(self.update_freq) if every is None else every
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._say()
         if self._writer is not None:
+            if not self._has_begun:
+                self._writer = self._begin_writing(self._writer)
             company(self.model).writer = self._writer
+        self._has_begun = True
         if self._watch is not None:
             self._watch.begin_epoch(epoch)
 
@@ -243,7 +268,9 @@ class BatchNormMonitor(BatchNormCallback):
         if self._writer is not None:
             self._write(self._writer, report, ends_epoch=True)
         if self.verbose and self._is_chief:
-            print(f"\nEpoch {epoch + 1}: BatchNormalization\n{report}")
+            self._unsaid = f"Epoch {epoch + 1}: {report}"
+        if not (self.params or {}).get("verbose"):
+            self._say()
         if report.unknown and self._is_chief and not self._has_warned:
             self._has_warned = True
             warn_of_unknown(report, self.params)
@@ -251,6 +278,7 @@ class BatchNormMonitor(BatchNormCallback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_end(logs)
+        self._say()
         watch = self._watch
         if watch is None:
             return
@@ -263,6 +291,12 @@ class BatchNormMonitor(BatchNormCallback):
         self._close()
         if final is not None:
             self._tell(watch, is_last=True)
+
+    def _say(self) -> None:
+        """Prints the report, not before the progress bar of its epoch is complete."""
+        if self._unsaid:
+            print(self._unsaid)
+        self._unsaid = ""
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -299,11 +333,12 @@ class BatchNormMonitor(BatchNormCallback):
             cured=(WARMING_UP,) if others.debiases else (),
         ):
             if self.on_lag == "raise":
+                self._say()
                 watch.close()
                 self._close()
                 raise BatchNormLagWarning(message)
             if self._is_chief:
-                warnings.warn(message, BatchNormLagWarning, stacklevel=2)
+                warn(message, BatchNormLagWarning)
 
 
 def _logs(report: BatchNormReport) -> dict[str, float]:

@@ -1,179 +1,117 @@
-"""Lags as bars, a row for each layer, in model order from top to bottom."""
+"""Lags as bars, a row for each layer, the first at the top."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bn_callbacks.pictures.canvas import FONT_SIZE, label_rows, matplotlib, new_axes
+from bn_callbacks.pictures.names import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Lags = Sequence[float | None]
 
-QUIET = "#9ecae1"
-"""Colour of what is fine."""
+QUIET, COLOURS = "#9ecae1", ("#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22")
+"""Colour of what is fine, and of what is not, for each group one."""
 
-COLOURS = ("#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
-"""Colours of what is not, for each cause one, then again from the first."""
+ROW = 0.2
+"""Height of a row in inches. Axes with too little for all rows get the first ones."""
+
+MAX_ROWS = 40
+"""Rows in a figure of our own at most."""
+
+MAX_LABEL = 40
+"""Characters of a name at most."""
 
 LINEAR = 3.0
 """Lag up to which the scale is linear; beyond it is logarithmic where it must be."""
 
-LEGEND_COLUMNS = 4
 
-
-def draw_lags(
+def draw_bars(
     paths: Sequence[str],
     lags: Lags,
-    noises: Lags,
-    causes: Sequence[str],
+    groups: Sequence[str],
+    marks: Lags,
+    *,
     quiet: str,
+    label: str,
     title: str,
     axes: "Axes | None" = None,
 ) -> "Axes":
-    """Draws the lag of each layer, coloured by cause, and the noise floor.
+    """Draws the lag of each layer as a bar, with a mark beside it.
 
     Args:
-        paths: Paths of the layers.
+        paths: Paths of the layers, the most important first.
         lags: Their lags; None where unknown.
-        noises: What of them sampling explains; None where unknown.
-        causes: Their causes.
-        quiet: The cause that means that nothing is wrong.
+        groups: What gives the bars their colours.
+        marks: Another lag of each layer; None where unknown.
+        quiet: The group that means that nothing is wrong.
+        label: What the marks are.
         title: A line above.
         axes: Where to draw; in a new figure by default.
 
     Returns:
         The axes.
     """
-    axes = new_axes(len(paths)) if axes is None else axes
-    values = _draw_bars(axes, lags, causes, _colours(causes, quiet))
-    _draw_marks(axes, noises, "noise floor")
-    worst_first = np.argsort(-values, kind="stable").tolist()
-    _finish(axes, paths, [row for row in worst_first if causes[row] != quiet], title)
-    return axes
-
-
-def draw_before_and_after(
-    paths: Sequence[str],
-    before: Lags,
-    after: Lags,
-    title: str,
-    axes: "Axes | None" = None,
-) -> "Axes":
-    """Draws the lag of each layer before and after a recalibration.
-
-    Args:
-        paths: Paths of the layers.
-        before: Their lags before; None where unknown.
-        after: Their lags after; None where unknown, for all of them if empty.
-        title: A line above.
-        axes: Where to draw; in a new figure by default.
-
-    Returns:
-        The axes.
-    """
-    axes = new_axes(len(paths)) if axes is None else axes
-    groups = ["before"] * len(paths)
-    values = _draw_bars(axes, before, groups, {"before": COLOURS[1]})
-    _draw_marks(axes, after, "after")
-    _finish(axes, paths, np.argsort(-values, kind="stable").tolist(), title)
-    return axes
-
-
-def _draw_bars(
-    axes: "Axes", lags: Lags, groups: Sequence[str], colours: Mapping[str, str]
-) -> NDArray[np.float64]:
-    """Draws bars, coloured by group. Returns what they stand for, -1 if unknown."""
-    is_unknown = np.array([lag is None for lag in lags], bool)
-    values = np.array([0.0 if lag is None else lag for lag in lags], float)
-    is_infinite = ~np.isfinite(values)
-    edge = _scale(axes, float(values[np.isfinite(values)].max(initial=0.0)))
-    widths = np.where(is_infinite, edge, values)
-    rows = np.arange(len(values))
-    for group, colour in colours.items():
-        mine = np.array([each == group for each in groups], bool) & ~is_unknown
-        if mine.any():
-            axes.barh(rows[mine], widths[mine], 0.8, color=colour, label=group)
-    if is_infinite.any():
-        axes.barh(
-            rows[is_infinite],
-            widths[is_infinite],
-            0.8,
-            color="none",
-            edgecolor="black",
-            hatch="///",
-            linewidth=0,
-            label="not finite",
-        )
-    if is_unknown.any():
-        axes.plot(
-            np.zeros(is_unknown.sum()),
-            rows[is_unknown],
-            "x",
-            color="grey",
-            markersize=4,
-            label="lag unknown",
-        )
-    return np.where(is_unknown, -1.0, np.where(is_infinite, math.inf, values))
-
-
-def _scale(axes: "Axes", largest: float) -> float:
-    """Sets the scale of lags; returns where it ends."""
-    if largest <= LINEAR:
-        edge = max(largest * 1.08, 0.05)
-        axes.set_xlim(-0.005 * edge, edge)
-        return edge
-    # One huge lag would leave nothing to see of the others.
-    axes.set_xscale("symlog", linthresh=1.0, linscale=2.0)
-    axes.xaxis.set_major_formatter(
-        matplotlib("ticker").FuncFormatter(lambda value, _: f"{value:g}")
-    )
-    axes.set_xlim(-0.01, largest * 1.6)
-    return largest * 1.6
-
-
-def _draw_marks(axes: "Axes", values: Lags, label: str) -> None:
-    known = [
-        (value, row)
-        for row, value in enumerate(values)
-        if value is not None and math.isfinite(value)
-    ]
-    if known:
-        x, rows = np.array(known).T
-        axes.vlines(x, rows - 0.4, rows + 0.4, "black", linewidth=1.5, label=label)
-
-
-def _colours(causes: Sequence[str], quiet: str) -> dict[str, str]:
-    bad = dict.fromkeys(cause for cause in causes if cause != quiet)
-    colours = {cause: COLOURS[index % len(COLOURS)] for index, cause in enumerate(bad)}
-    return colours | {quiet: QUIET}
-
-
-def _finish(axes: "Axes", paths: Sequence[str], first: list[int], title: str) -> None:
+    count = min(len(paths), MAX_ROWS)
+    if axes is None:
+        axes = _new_axes(count)
+    else:
+        inches = axes.get_window_extent().height / axes.figure.dpi
+        count = min(len(paths), max(1, int(inches / ROW)))
+    if count < len(paths):
+        title = f"{title}; the first {count}"
+    names = shorten(paths[:count], MAX_LABEL)
+    values, groups = _finite(lags[:count]), groups[:count]
+    bad = [group for group in dict.fromkeys(groups) if group != quiet]
+    colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(bad)}
+    for group, colour in (colours | {quiet: QUIET}).items():
+        rows = [row for row, each in enumerate(groups) if each == group]
+        if rows:
+            axes.barh(rows, np.nan_to_num(values[rows]), color=colour, label=group)
+    others = _finite(marks[:count])
+    known = np.flatnonzero(np.isfinite(others))
+    if known.size:
+        axes.vlines(others[known], known - 0.4, known + 0.4, "black", label=label)
+    for row, lag in enumerate(lags[:count]):
+        if np.isnan(values[row]):
+            text = " lag unknown" if lag is None else " not finite"
+            axes.text(0, row, text, fontsize=8, va="center")
+    largest = float(np.nan_to_num(values).max(initial=0.05))
+    if largest > LINEAR:
+        # One huge lag would leave nothing to see of the others.
+        axes.set_xscale("symlog", linthresh=1.0, linscale=2.0)
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0, largest * (1.6 if largest > LINEAR else 1.08))
+    axes.set_ylim(max(count, 1) - 0.5, -0.5)
+    # A dollar sign in a name begins no formula.
+    axes.set_yticks(range(count), names, fontsize=8, parse_math=False)
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("lag (standard deviations)")
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    bar = matplotlib("container").BarContainer
-    entries = sorted(
-        zip(*axes.get_legend_handles_labels(), strict=True),
-        key=lambda entry: not isinstance(entry[0], bar),
-    )
-    lines = math.ceil(len(entries) / LEGEND_COLUMNS)
-    axes.set_title(title, loc="left", fontsize=FONT_SIZE + 2, pad=8 + 15 * lines)
-    if entries:
-        axes.legend(
-            *zip(*entries, strict=True),
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            borderaxespad=0.3,
-            ncols=LEGEND_COLUMNS,
-            frameon=False,
-            fontsize=FONT_SIZE,
-        )
-    label_rows(axes, paths, first)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize=8)
+    return axes
+
+
+def _new_axes(rows: int) -> "Axes":
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Pictures need matplotlib. Received: {error}. Install it with: "
+            'python -m pip install "bn-callbacks[plot]"',
+            name=error.name,
+        ) from error
+    size = (9, max(rows, 4) * ROW + 1.4)
+    axes: Axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+    return axes
+
+
+def _finite(values: Lags) -> NDArray[np.float64]:
+    """`nan` where unknown or infinite."""
+    known = [math.nan if value is None else value for value in values]
+    return np.where(np.isfinite(known), np.array(known, float), math.nan)

@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bn_callbacks.tensorboard.writer import SUBDIRECTORY, ReportWriter
+    from bn_callbacks.tensorboard.runs import SUBDIRECTORY
+    from bn_callbacks.tensorboard.writer import ReportWriter
 
 __all__ = ["MAX_CHARTS", "SUBDIRECTORY", "ReportWriter"]
 
@@ -16,4 +17,5 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.writer"), name)
+        home = "runs" if name == "SUBDIRECTORY" else "writer"
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -5,19 +5,27 @@ from collections.abc import Iterable
 
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from bn_callbacks.report import BatchNormReport, LayerReport, severity
-from bn_callbacks.statistics.causes import HEALTHY
+from bn_callbacks.report import BatchNormReport, LayerReport
 
 PERSISTENCE = 3
-"""Reports in a row in which a layer must be among the worst to get a chart later."""
+"""Reports in a row in which a layer must be among the worst to get a chart, though it
+is not the worst of all."""
+
+RECOVERED = 10
+"""Reports in a row in which a layer must be healthy to lose its chart to another."""
+
+TURNOVER = 2
+"""How many times as many layers as there are places may have a chart in their turn."""
 
 
 class ChartedLayers:
-    """Chooses the layers that get charts. The choice only grows, so no chart ends.
+    """Chooses the layers that get charts: those with which something is wrong.
 
-    A model with no more layers than charts gets all of them. In a larger one the worst
-    layers of the first report get half of the charts. The others are kept for layers
-    that stay among the worst for a while.
+    A model with no more layers than places gets charts of all. In a larger one the
+    worst layers of the first report get half of the places. From then on the worst
+    layer that is not healthy gets a place at once, and one that stays among the worst
+    after some reports. If all places are taken, that of the layer which has been
+    healthy for longest is taken over.
 
     Args:
         limit: How many layers at most.
@@ -25,8 +33,9 @@ class ChartedLayers:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._chosen: set[str] = set()
+        self._healthy: dict[str, int] = {}
         self._streaks: dict[str, int] = {}
+        self._seen: set[str] = set()
 
     def update(self, report: BatchNormReport) -> list[LayerReport]:
         """Takes a report into account.
@@ -34,28 +43,35 @@ class ChartedLayers:
         Returns:
             The layers of the report that have charts now, in model order.
         """
-        if len(report.layers) <= self._limit:
-            return list(report.layers)
-        worst = worst_first(report)[: (self._limit + 1) // 2]
-        if not self._chosen:
-            self._chosen.update(layer.path for layer in worst)
+        if len(report.layers) <= self._limit or not self._limit:
+            return list(report.layers[: self._limit])
+        among = [layer.path for layer in report.ranked[: (self._limit + 1) // 2]]
+        sick = [layer.path for layer in report.lagging]
+        if not self._seen:
+            self._seen.update(among)
+            self._healthy.update(dict.fromkeys(among, 0))
+        for path in self._healthy:
+            self._healthy[path] = 0 if path in sick else self._healthy[path] + 1
         self._streaks = {
-            layer.path: self._streaks.get(layer.path, 0) + 1
-            for layer in worst
-            if layer.cause != HEALTHY
+            path: self._streaks.get(path, 0) + 1 for path in among if path in sick
         }
-        for path, streak in self._streaks.items():
-            if streak >= PERSISTENCE and len(self._chosen) < self._limit:
-                self._chosen.add(path)
-        return [layer for layer in report.layers if layer.path in self._chosen]
+        lasting = [path for path, n in self._streaks.items() if n >= PERSISTENCE]
+        for path in dict.fromkeys((*sick[:1], *lasting)):
+            self._place(path)
+        return [layer for layer in report.layers if layer.path in self._healthy]
 
-
-def worst_first(report: BatchNormReport) -> list[LayerReport]:
-    """All layers: those that are not healthy, then the others by their lag."""
-    lagging = {layer.path for layer in report.lagging}
-    healthy = [layer for layer in report.layers if layer.path not in lagging]
-    healthy.sort(key=severity, reverse=True)
-    return [*report.lagging, *healthy]
+    def _place(self, path: str) -> None:
+        if path in self._healthy:
+            return
+        if len({*self._seen, path}) > TURNOVER * self._limit:
+            return
+        if len(self._healthy) == self._limit:
+            longest = max(self._healthy, key=lambda each: self._healthy[each])
+            if self._healthy[longest] < RECOVERED:
+                return
+            del self._healthy[longest]
+        self._healthy[path] = 0
+        self._seen.add(path)
 
 
 def make_layout(paths: Iterable[str], has_loss_gap: bool) -> layout_pb2.Layout:

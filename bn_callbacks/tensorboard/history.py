@@ -1,20 +1,46 @@
-"""The lags of all layers since training began, in little memory."""
+"""What was found of all layers since training began, in little memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_callbacks.report import UNKNOWN, LayerReport
+from bn_callbacks.statistics import causes
+
 MAX_COLUMNS = 128
 """Columns kept at most; more than a picture shows apart."""
 
+FIGURES = ("lag", "mean_shift", "scale_ratio", "noise", "start_weight")
+"""What is kept of each layer, the lag first."""
 
-class LagHistory:
-    """Remembers the lags of all layers over time.
+MARKS = {
+    causes.WARMING_UP: "W",
+    causes.DRIFTING: "D",
+    causes.NOISY: "N",
+    causes.TINY_BATCH: "T",
+    causes.CORRELATED_BATCHES: "C",
+    causes.MIXED_CALLS: "M",
+    causes.WEIGHTS_REPLACED: "R",
+    causes.INFERENCE_MODE: "I",
+    causes.NOT_UPDATING: "U",
+    causes.UNEXPECTED_UPDATE: "X",
+    causes.LOW_PRECISION: "L",
+    causes.OUTLIERS: "O",
+    causes.NON_FINITE: "F",
+    causes.REPLICAS_DIFFER: "P",
+    causes.STALE: "S",
+    causes.RESCALED_INPUTS: "Z",
+}
+"""A letter for each cause that is something wrong."""
 
-    When there are too many columns, each two neighbours become one, which keeps the
-    larger lag: however long training lasts, a lag is not forgotten.
+
+class History:
+    """Remembers figures and causes of all layers over time.
+
+    When there are too many columns, each two neighbours become one, which keeps what
+    was worse of each layer: however long training lasts, nothing is forgotten.
 
     Args:
         start: The step at which training begins.
@@ -22,35 +48,41 @@ class LagHistory:
 
     def __init__(self, start: int) -> None:
         self._edges = [start]
-        self._columns: list[NDArray[np.float64]] = []
+        self._figures: list[NDArray[np.float64]] = []
+        self._marks: list[NDArray[np.str_]] = []
 
-    def add(self, step: int, lags: Sequence[float | None]) -> None:
+    def add(self, step: int, layers: Sequence[LayerReport]) -> None:
         """Adds what was found at a step.
 
         Args:
             step: The step. What is found at the step before again replaces that.
-            lags: The lags of all layers; None where unknown.
+            layers: What was found of all layers, always in the same order.
         """
-        values = np.array([_number(lag) for lag in lags], np.float64)
-        if self._columns and step <= self._edges[-1]:
-            self._columns[-1] = values
+        figures = np.array(
+            [[_number(getattr(layer, name)) for name in FIGURES] for layer in layers],
+            np.float64,
+        ).reshape(len(layers), len(FIGURES))
+        marks = np.array([mark_of(layer.cause) for layer in layers], "<U1")
+        if self._figures and step <= self._edges[-1]:
+            self._figures[-1], self._marks[-1] = figures, marks
             return
         self._edges.append(max(step, self._edges[-1] + 1))
-        self._columns.append(values)
-        if len(self._columns) > MAX_COLUMNS:
+        self._figures.append(figures)
+        self._marks.append(marks)
+        if len(self._figures) > MAX_COLUMNS:
             self._halve()
 
     def _halve(self) -> None:
-        last = self._columns.pop() if len(self._columns) % 2 else None
-        self._columns = [
-            np.fmax(one, other)
-            for one, other in zip(self._columns[::2], self._columns[1::2], strict=True)
-        ]
-        end = self._edges[-1]
-        self._edges = self._edges[::2]
-        if last is not None:
-            self._columns.append(last)
-            self._edges.append(end)
+        last = len(self._figures) - len(self._figures) % 2
+        for one in range(0, last, 2):
+            lags, others = self._figures[one][:, 0], self._figures[one + 1][:, 0]
+            is_marked, other_is = self._marks[one] != "", self._marks[one + 1] != ""
+            is_larger = (others >= lags) | np.isnan(lags)
+            is_worse = np.where(is_marked == other_is, is_larger, other_is)
+            for kept in (self._figures, self._marks):
+                which = is_worse.reshape(-1, *[1] * (kept[one].ndim - 1))
+                kept[one] = np.where(which, kept[one + 1], kept[one])
+        del self._figures[1:last:2], self._marks[1:last:2], self._edges[1:last:2]
 
     @property
     def edges(self) -> list[int]:
@@ -60,11 +92,27 @@ class LagHistory:
     @property
     def lags(self) -> NDArray[np.float64]:
         """The lags, of shape `(layers, columns)`; `nan` where unknown."""
-        return np.stack(self._columns, axis=1)
+        return np.stack(self._figures, axis=1)[..., 0]
+
+    @property
+    def marks(self) -> NDArray[np.str_]:
+        """The letters of the causes, of the same shape; empty where healthy."""
+        return np.stack(self._marks, axis=1)
+
+    def past(self, index: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """The figures that were known of a layer: each column's last step, by name."""
+        for step, figures in zip(self._edges[1:], self._figures, strict=True):
+            known = zip(FIGURES, figures[index].tolist(), strict=True)
+            yield step, {name: value for name, value in known if math.isfinite(value)}
 
 
-def _number(lag: float | None) -> float:
-    """`nan` if unknown; a lag that is no number is as bad as lags can be."""
-    if lag is None:
+def mark_of(cause: str) -> str:
+    """The letter of a cause; empty where nothing is wrong, or nothing known."""
+    return "" if cause in (causes.HEALTHY, UNKNOWN) else MARKS.get(cause, "?")
+
+
+def _number(figure: float | None) -> float:
+    """`nan` if unknown; a figure that is no number is as bad as figures can be."""
+    if figure is None:
         return math.nan
-    return math.inf if math.isnan(lag) else lag
+    return math.inf if math.isnan(figure) else figure

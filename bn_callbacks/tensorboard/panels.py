@@ -1,57 +1,49 @@
 """Reports as Markdown, for TensorBoard's Text tab."""
 
+import functools
 import html
+import importlib.metadata
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 
 from bn_callbacks.report import (
+    MAX_ROWS,
     UNKNOWN,
     BatchNormReport,
     LayerReport,
     RecalibrationReport,
-    severity,
 )
 from bn_callbacks.statistics.causes import HEALTHY
-from bn_callbacks.tensorboard.charts import worst_first
 
-MAX_ROWS = 30
-"""Layers in a table at most, the worst."""
-
-ADVICE_WIDTH = 36
-"""Characters in a line of advice."""
+MAX_EPISODES = 12
+"""Episodes in a panel at most, the latest."""
 
 
 def report_panel(
     report: BatchNormReport, since: Mapping[str, int], notes: Sequence[str] = ()
 ) -> str:
-    """A report: the verdict, a table with the worst layers, and what else is known.
+    """A report: verdict, what came and went, the worst layers, what else is known.
 
     Args:
         report: The report.
         since: The step since which a layer has not been healthy, by path.
         notes: Lines to add.
     """
-    layers = worst_first(report)
-    shown, left = layers[:MAX_ROWS], layers[MAX_ROWS:]
-    advised: dict[str, str] = {}
-    rows = []
-    for layer in shown:
-        # The same advice thirty times would bury the one line that is different.
-        like = advised.setdefault(layer.cause, layer.path)
-        is_first = like == layer.path or not layer.advice
-        cells = (
-            layer.path,
-            layer.cause,
+    shown, left = report.ranked[:MAX_ROWS], report.ranked[MAX_ROWS:]
+    parts = [f"### {report.headline}", *_story(report)]
+    rows = [
+        [
+            escape(layer.path),
+            escape(layer.verdict) if layer.cleared else _cause(layer.cause),
             _number(layer.lag),
             _number(layer.noise),
             _number(layer.start_weight),
             str(since.get(layer.path, "")),
-        )
-        advice = layer.advice if is_first else f"As for {like}."
-        rows.append([*map(escape, cells), _wrap(advice)])
-    head = ["layer", "cause", "lag", "noise", "start weight", "since step", "advice"]
-    parts = [f"### {report.headline}", _table(head, rows)]
+        ]
+        for layer in shown
+    ]
+    head = ["layer", "cause", "lag", "noise", "start weight", "since step"]
+    parts.append(_table(head, rows))
     if left:
         parts.append(f"{_layers(len(left))} more, {_summary(left)}.")
     if report.loss_line:
@@ -60,19 +52,34 @@ def report_panel(
     return "\n\n".join(parts)
 
 
+def _story(report: BatchNormReport) -> list[str]:
+    """What came and went, and what to do about it, each thing once."""
+    episodes = report.episodes[-MAX_EPISODES:]
+    left = len(report.episodes) - len(episodes)
+    lines = [f"- {left} earlier ones"] if left else []
+    for episode in episodes:
+        rest = str(episode).removeprefix(episode.cause)
+        lines.append(f"- **{_cause(episode.cause)}** {escape(rest)}")
+    # What is said of a layer now is newer than what was said of an episode.
+    advice = {episode.cause: episode.advice for episode in episodes}
+    advice |= {layer.cause: layer.advice for layer in reversed(report.lagging)}
+    to_do = [
+        f"- **{_cause(cause)}**: {_advice(text)}"
+        for cause, text in advice.items()
+        if text
+    ]
+    parts = ["What came and went:", "\n".join(lines)] if lines else []
+    return [*parts, "What to do:", "\n".join(to_do)] if to_do else parts
+
+
 def recalibration_panel(report: RecalibrationReport) -> str:
     """What a recalibration has done, with the lags before and after."""
-    pairs = sorted(
-        report.before_and_after(),
-        key=lambda pair: severity(pair[0]),
-        reverse=True,
-    )
     rows = [
         [escape(layer.path), _number(layer.lag), _number(after)]
-        for layer, after in pairs[:MAX_ROWS]
+        for layer, after in report.ranked[:MAX_ROWS]
     ]
-    if len(pairs) > MAX_ROWS:
-        rows.append([f"and {len(pairs) - MAX_ROWS} more", "", ""])
+    if len(report.ranked) > MAX_ROWS:
+        rows.append([f"and {len(report.ranked) - MAX_ROWS} more", "", ""])
     if report.loss_after is not None:
         losses = (report.loss_before, report.loss_after)
         rows.insert(0, ["validation loss", *map(_number, losses)])
@@ -85,17 +92,41 @@ def escape(text: str) -> str:
     Args:
         text: Any text.
 
-    Example:
+    Examples:
         >>> print(escape("a|b_<c>"))
         a&#124;b&#95;&lt;c&gt;
+        >>> print(escape("- 1. a"), escape("1. a"))
+        &#45; 1. a 1&#46; a
     """
     text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"[\\`*_{}\[\]()#+!|~]", lambda found: f"&#{ord(found[0])};", text)
+    text = re.sub(r"[\\`*_{}\[\]()#+!|~]", lambda found: f"&#{ord(found[0])};", text)
+    # At the beginning of a line these would make a list, or a rule.
+    return re.sub(r"^(\d*)([-.])", lambda found: f"{found[1]}&#{ord(found[2])};", text)
 
 
-def _wrap(text: str) -> str:
-    """Lines of their own: TensorBoard gives one long line the room of all columns."""
-    return "<br>".join(map(escape, textwrap.wrap(text, ADVICE_WIDTH)))
+def _cause(cause: str) -> str:
+    """A cause, as a link to its page, if the documentation has an address."""
+    site = _documentation()
+    if cause in (HEALTHY, UNKNOWN) or not site:
+        return escape(cause)
+    return f'<a href="{html.escape(site)}/causes/#{cause}">{escape(cause)}</a>'
+
+
+@functools.cache
+def _documentation() -> str:
+    """Where the documentation is, if the package that is installed says so."""
+    try:
+        urls = importlib.metadata.metadata("bn-callbacks").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    pairs = dict(str(url).split(", ", 1) for url in urls if ", " in url)
+    return pairs.get("Documentation", "").rstrip("/")
+
+
+def _advice(text: str) -> str:
+    """Advice, which names no layers, so that what stands between backticks is code."""
+    tick = escape("`")
+    return re.sub(f"{tick}(.*?){tick}", r"<code>\1</code>", escape(text))
 
 
 def _summary(layers: Sequence[LayerReport]) -> str:

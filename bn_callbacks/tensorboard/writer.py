@@ -5,17 +5,20 @@ import functools
 import math
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
 
 from bn_callbacks import pictures
 from bn_callbacks.budget import Budget
+from bn_callbacks.episodes import Episode
 from bn_callbacks.names import printable, said
 from bn_callbacks.report import (
     BatchNormReport,
@@ -33,20 +36,16 @@ from bn_callbacks.tensorboard.charts import (
 from bn_callbacks.tensorboard.event_file import (
     WRITING_FAILS,
     EventFile,
-    histogram_pb,
     image_pb,
     layout_pb,
-    scalar_pb,
-    text_pb,
 )
-from bn_callbacks.tensorboard.history import LagHistory
+from bn_callbacks.tensorboard.history import MARKS, History, mark_of
 from bn_callbacks.tensorboard.panels import recalibration_panel, report_panel
+from bn_callbacks.tensorboard.runs import SUBDIRECTORY, choose_run
+from bn_callbacks.warn import warn
 
-SUBDIRECTORY = "batch_norm"
-"""Own directory under `log_dir`, so that no other writer's run is mixed with ours."""
-
-OVERVIEW = "BN summary"
-"""Group of tags that TensorBoard, which sorts them, shows before `bn`."""
+CARD, WHOLE = "BN/lag_map", "bn/lag_map_of_all_layers"
+"""Tags of the pictures. TensorBoard sorts: the group of the first one is on top."""
 
 GROWTH = 0.1
 """Share by which training must have grown since the last picture for another one."""
@@ -120,23 +119,37 @@ class ReportWriter:
         threshold: float = DEFAULT_THRESHOLD,
         start: int = 0,
     ) -> None:
-        self._directory = directory = os.path.join(os.fspath(log_dir), SUBDIRECTORY)
         self._log_dir = os.fspath(log_dir)
+        self._run: str | None = None
         self._has_failed = False
-        self._main = EventFile(directory)
-        # Two runs that have the same tags: TensorBoard draws them into one chart.
-        self._sides = {
-            side: EventFile(os.path.join(directory, side)) for side in _SIDES
-        }
+        # Two runs below ours that have the same tags: TensorBoard draws them into one
+        # chart.
+        self._files = {side: EventFile() for side in ("", *_SIDES)}
+        self._settings = (max_charts, threshold)
         self._threshold = threshold
+        self._paths: list[str] = []
         self._charted = ChartedLayers(max_charts)
         self._layout: tuple[list[str], bool] = ([], False)
-        self._start = start
-        self._history = LagHistory(start)
+        self._written_to: dict[str, int] = {}
         self._since: dict[str, int] = {}
-        self._drawn_at = start
+        self.begin(start)
         self._budget = Budget(PICTURE_SHARE, PICTURE_COST)
         self._written: BatchNormReport | None = None
+
+    def begin(self, step: int) -> None:
+        """Training begins, at a step of the optimizer."""
+        self._start = self._drawn_at = self._step = step
+        self._history = History(step)
+
+    def resumes_as(self, other: "ReportWriter", step: int) -> bool:
+        """Whether a training that begins at a step may go on with this writer.
+
+        Args:
+            other: The writer that it would have otherwise.
+            step: The optimizer's step at which it begins.
+        """
+        is_alike = self._settings == other._settings
+        return is_alike and not self._has_failed and 0 < self._step <= step
 
     def check_directory(self) -> None:
         """Tries whether there can be files in the directory, and leaves nothing.
@@ -144,9 +157,9 @@ class ReportWriter:
         Raises:
             ValueError: There can be none.
         """
-        if "://" in self._directory:  # Where directories are but parts of names.
+        if "://" in self._log_dir:  # Where directories are but parts of names.
             return
-        path = Path(self._directory)
+        path = Path(self._log_dir, SUBDIRECTORY)
         missing = [each for each in (path, *path.parents) if not each.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -179,12 +192,18 @@ class ReportWriter:
             evidence: What the report is made of, in the order of its layers.
             ends_epoch: Whether an epoch ends here.
         """
-        self._history.add(step, [layer.lag for layer in report.layers])
+        before, self._step = self._step, step
+        paths = [layer.path for layer in report.layers]
+        if paths != self._paths:  # At first, and where a resumed `fit` watches others.
+            self._paths, self._history = paths, History(before)
+            self._charted = ChartedLayers(self._settings[0])
+        self._history.add(step, report.layers)
         self._since = {
             layer.path: self._since.get(layer.path, step) for layer in report.lagging
         }
         layers = self._charted.update(report)
-        charted = {layer.path for layer in layers}
+        charted = [layer.path for layer in layers]
+        self._write_past(charted, before, step)
         seen = [each for each in evidence if each.path in charted]
         summaries = [*_scalars(report, layers), *self._new_layout(report, layers)]
         if ends_epoch:
@@ -193,9 +212,9 @@ class ReportWriter:
                 *self._text(report),
                 *self._picture(report, step, is_last=False),
             ]
-        self._main.write(summaries, step)
-        for side, file in self._sides.items():
-            file.write(_moments(seen, side), step)
+        self._write("", [(step, summaries)])
+        for side in _SIDES:
+            self._write(side, [(step, _moments(seen, side))])
 
     @_surviving
     def conclude(self, report: BatchNormReport, step: int) -> None:
@@ -206,7 +225,7 @@ class ReportWriter:
             step: The optimizer's step.
         """
         picture = self._picture(report, step, is_last=True)
-        self._main.write([*self._text(report), *picture], step)
+        self._write("", [(step, [*self._text(report), *picture])])
 
     @_surviving
     def mark(self, report: RecalibrationReport, step: int) -> None:
@@ -218,42 +237,57 @@ class ReportWriter:
             report: What the recalibration reported.
             step: The optimizer's step.
         """
-        was_open = self._main.is_open
+        was_open = self.is_open
         text = text_pb(
             "bn/recalibration",
             recalibration_panel(report),
             "What a recalibration has done, with the lags before and after",
         )
-        self._main.write([*_summary("residual", report.residual), text], step)
+        self._write("", [(step, [*_summary("residual", report.residual), text])])
         if not was_open:
-            self._main.close()
+            self.close()
 
     @property
     def is_open(self) -> bool:
         """Whether there is something to close."""
-        return any(file.is_open for file in self._files())
+        return any(file.is_open for file in self._files.values())
 
     @_surviving
     def close(self) -> None:
         """Closes the event files; the next `write` opens new ones."""
-        for file in self._files():
+        for file in self._files.values():
             file.close()
+
+    def _write(
+        self, side: str, events: Sequence[tuple[int, Iterable[Summary]]]
+    ) -> None:
+        if self._run is None:
+            self._run = choose_run(self._log_dir, self._start)
+        self._files[side].write(os.path.join(self._run, side), events)
+
+    def _write_past(self, charted: Sequence[str], before: int, step: int) -> None:
+        """Begins charts with what was found since they were last written."""
+        events: dict[int, list[Summary]] = {}
+        for path in charted:
+            since = self._written_to.get(path, self._start)
+            self._written_to[path] = step
+            if since < before:
+                for past, figures in self._history.past(self._paths.index(path)):
+                    if since < past < step:
+                        events.setdefault(past, []).extend(_charts(path, figures))
+        self._write("", sorted(events.items(), key=lambda event: event[0]))
 
     def _give_up(self, error: BaseException) -> None:
         self._has_failed = True
-        for file in self._files():
+        for file in self._files.values():
             with contextlib.suppress(*WRITING_FAILS):
                 file.close()
-        warnings.warn(
+        warn(
             "TensorBoard's files cannot be written any more; training goes on without. "
-            f"Received: {said(error)} in {printable(self._directory)}. Make room, or "
-            "pass another `log_dir` to the next `fit`.",
+            f"Received: {said(error)} in {printable(self._run or self._log_dir)}. Make "
+            "room, or pass another `log_dir` to the next `fit`.",
             BatchNormWarning,
-            stacklevel=2,
         )
-
-    def _files(self) -> Iterable[EventFile]:
-        return (self._main, *self._sides.values())
 
     def _new_layout(
         self, report: BatchNormReport, layers: Sequence[LayerReport]
@@ -284,19 +318,41 @@ class ReportWriter:
             return []
         self._drawn_at = step
         with self._budget.spend():
-            return [self._draw(report, step)]
+            return list(self._draw(report, step))
 
-    def _draw(self, report: BatchNormReport, step: int) -> Summary:
-        paths = [layer.path for layer in report.layers]
-        png, size = pictures.draw_heat_map(
-            paths,
+    def _draw(self, report: BatchNormReport, step: int) -> Iterator[Summary]:
+        gap = "" if report.loss_gap is None else f", loss gap {report.loss_gap:.2g}"
+        total, sick = len(report.layers), len(report.lagging)
+        count = f"{sick} of {total} not healthy" if sick else f"all {total} healthy"
+        heat_map = pictures.HeatMap(
+            self._paths,
             self._history.edges,
             self._history.lags,
-            {paths.index(bn.path): bn.cause for bn in report.lagging},
+            self._history.marks,
             self._threshold,
-            f"{report.headline} at step {step:,}",
+            f"Step {step:,}: {count}{gap}",
+            _legend(report.episodes),
         )
-        return image_pb(f"{OVERVIEW}/lag_map", png, size, "Lag of all layers over time")
+        yield image_pb(CARD, *heat_map.card(), "Lag over time, and what was wrong")
+        if total > pictures.CARD_ROWS:
+            yield image_pb(WHOLE, *heat_map.whole(), "The same, of all layers")
+
+
+def _legend(episodes: Sequence[Episode]) -> dict[str, str]:
+    """What letters mean, and in which epochs it was so."""
+    spans: dict[str, list[str]] = {}
+    for each in episodes:
+        first, last = each.first_epoch, each.last_epoch
+        span = f"{first}" if first == last else f"{first}-{last}"
+        span = span if each.is_over else f"since {first}"
+        spans.setdefault(each.cause, []).append(span)
+    found = [*spans, *(cause for cause in MARKS if cause not in spans)]
+    return {
+        mark_of(cause): f"{cause}, epoch {', '.join(spans[cause][-3:])}"
+        if cause in spans
+        else cause
+        for cause in found
+    }
 
 
 def _scalars(
@@ -307,16 +363,19 @@ def _scalars(
     yield from _summary("loss_gap", report.loss_gap)
     yield from _summary("loss_recalibrated", report.loss_recalibrated)
     for layer in charted:
-        for name, description in _FIGURES.items():
-            value = getattr(layer, name)
-            if value is not None:
-                yield scalar_pb(f"bn/{name}/{layer.path}", value, description)
+        yield from _charts(layer.path, vars(layer))
+
+
+def _charts(path: str, figures: Mapping[str, Any]) -> Iterator[Summary]:
+    for name, description in _FIGURES.items():
+        value = figures.get(name)
+        if value is not None:
+            yield scalar_pb(f"bn/{name}/{path}", value, description)
 
 
 def _summary(name: str, value: float | None) -> Iterator[Summary]:
     if value is not None and not math.isnan(value):
-        for group in (OVERVIEW, "bn/summary"):
-            yield scalar_pb(f"{group}/{name}", value, _SUMMARIES[name])
+        yield scalar_pb(f"bn/summary/{name}", value, _SUMMARIES[name])
 
 
 def _moments(evidence: Sequence[Evidence], side: str) -> Iterator[Summary]:

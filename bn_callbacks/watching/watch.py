@@ -26,6 +26,7 @@ from bn_callbacks.layers import (
     check_model,
     find,
     is_built,
+    iterations,
 )
 from bn_callbacks.measuring.probe import Probe, Reading
 from bn_callbacks.report import BatchNormReport, layer_reports
@@ -35,6 +36,7 @@ from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.scatter import Scatter, larger
 from bn_callbacks.watching.clues import find_clues
+from bn_callbacks.watching.episodes import EpisodeRecorder
 from bn_callbacks.watching.examples import ExampleCounter
 from bn_callbacks.watching.findings import Findings
 from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
@@ -47,6 +49,10 @@ WINDOWS_PER_EPOCH = 5
 
 PROOFS = 2
 """Epochs' ends that must prove grouped batches before it is taken for granted."""
+
+
+MAX_TOLD = 3
+"""Episodes that the last warning tells of, at most."""
 
 
 class BatchNormWatch:
@@ -143,6 +149,8 @@ class BatchNormWatch:
         self._counter = StepCounter(model, params)
         self._first_epoch: int | None = None
         self._findings = Findings(threshold)
+        self._episodes: EpisodeRecorder | None = None
+        self._epoch = 0
         self._steps_done = self._epochs_done = 0
         self._reading: Reading | None = None
         self._is_fresh = False
@@ -188,6 +196,8 @@ class BatchNormWatch:
         """
         if self._first_epoch is None:
             self._first_epoch = epoch or 0
+        self._epoch = self._epoch + 1 if epoch is None else epoch + 1
+        self._find_episodes()
         self._begin_readings()
 
     def begin_step(self, batch: int | None = None) -> None:
@@ -288,7 +298,9 @@ class BatchNormWatch:
         self.end_steps()
         if self._probe is not None:
             self._measure()
-        self.report = report = self.make_report(self._are_weights_replaced())
+        self.report = report = self.make_report(
+            self._are_weights_replaced(), ends_epoch=True
+        )
         for layer in report.layers:
             effect = layer.design_effect or 0.0
             if layer.cause == CORRELATED_BATCHES and effect > DESIGN_LIMIT:
@@ -310,7 +322,7 @@ class BatchNormWatch:
         if self._are_weights_replaced():
             if self._probe is not None:
                 self._measure()
-            self.report = self.make_report(True)
+            self.report = self.make_report(True, ends_epoch=True)
         return self.report
 
     def close(self) -> None:
@@ -350,7 +362,11 @@ class BatchNormWatch:
                 for layer in self.report.layers
             ),
         )
-        return self._findings.messages(report, left, is_corrected)
+        messages = self._findings.messages(report, left, is_corrected)
+        before = [str(episode) for episode in report.episodes if episode.is_over]
+        if messages and before and left == 0:
+            messages[-1] += f" Before that: {'; '.join(before[-MAX_TOLD:])}."
+        return messages
 
     def expect(self, *, is_recalibrated: bool) -> None:
         """Says what others will do at the end, which the clues take account of."""
@@ -382,7 +398,21 @@ class BatchNormWatch:
         total = self.total_steps
         return None if total is None else max(0, total - self._steps_done)
 
-    def make_report(self, are_weights_replaced: bool = False) -> BatchNormReport:
+    def _find_episodes(self) -> EpisodeRecorder:
+        if self._episodes is None:
+            epoch = self._first_epoch or 0
+            self._episodes = EpisodeRecorder.of(self.model, epoch, self._step)
+        return self._episodes
+
+    @property
+    def _step(self) -> int:
+        """The optimizer's step, or that of this training where there is none."""
+        own = self._steps_done + (self._read_at or 0)
+        return iterations(self.model) or own
+
+    def make_report(
+        self, are_weights_replaced: bool = False, ends_epoch: bool = False
+    ) -> BatchNormReport:
         """A report on the latest readings; losses are those of the last epoch's end."""
         assert self._windows is not None
         assert self.layers is not None
@@ -420,9 +450,10 @@ class BatchNormWatch:
                 strict=True,
             )
         ]
-        return BatchNormReport.of(
+        report = BatchNormReport.of(
             layer_reports(self.evidence), losses, clues=self._clues
         )
+        return self._find_episodes().add(report, self._step, self._epoch, ends_epoch)
 
 
 def reading_interval(

@@ -6,22 +6,28 @@ prints the table of docs/tensorboard.md. No model is trained: the reports are ma
 and written as BatchNormMonitor writes them.
 """
 
+import io
 import itertools
 import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import tensorflow as tf
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 import bn_callbacks.tensorboard.writer
+from bn_callbacks.pictures import HeatMap
 from bn_callbacks.report import BatchNormReport, layer_reports
 from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.tensorboard import ReportWriter
+from bn_callbacks.tensorboard.event_file import EventFile
 
 CHANNELS = 256
 STEPS = 20
@@ -103,6 +109,66 @@ def measure(layers: int, directory: Path) -> Cost:
     return min(costs[1:], key=lambda cost: cost.epoch_seconds)
 
 
+def timed(do: Callable[[], Any]) -> float:
+    """Milliseconds that something takes, the median of twenty times."""
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        do()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def write_singly(count: int, directory: Path) -> float:
+    """Milliseconds for so many scalars, each by `tf.summary.scalar`."""
+
+    def write() -> None:
+        with writer.as_default():
+            for index in range(count):
+                tf.summary.scalar(f"bn/lag/bn_{index}", 0.5, 1)
+
+    writer = tf.summary.create_file_writer(str(directory))
+    return timed(write)
+
+
+def write_together(count: int, directory: Path) -> float:
+    """Milliseconds for the same as one event, as we do it."""
+    file = EventFile()
+    summaries = [scalar_pb(f"bn/lag/bn_{index}", 0.5) for index in range(count)]
+    return timed(lambda: file.write(str(directory), [(1, summaries)]))
+
+
+def draw_by_pillow(layers: int, columns: int = 128) -> float:
+    """Milliseconds for the heat map of a card."""
+    rng = np.random.default_rng(0)
+    lags = rng.uniform(0, 1, (layers, columns))
+    marks = np.full(lags.shape, "", "<U1")
+    marks[:, 40:60] = "C"
+    paths = [f"stage_{index}/bn" for index in range(layers)]
+    edges = list(range(columns + 1))
+    shown = HeatMap(paths, edges, lags, marks, 0.2, "A title", {"C": "a cause"})
+    return timed(shown.card)
+
+
+def draw_by_matplotlib(layers: int, columns: int = 128) -> float:
+    """Milliseconds for about the same, without the legend."""
+    from matplotlib.figure import Figure
+
+    lags = np.random.default_rng(0).uniform(0, 1, (layers, columns))
+
+    def draw() -> None:
+        figure = Figure((3.03, 2.15), dpi=100)
+        axes = figure.add_axes((0.3, 0.2, 0.7, 0.7))
+        axes.imshow(lags, aspect="auto")
+        names = [f"stage_{index}/bn" for index in range(layers)]
+        axes.set_yticks(range(layers), names, fontsize=7)
+        for row in range(layers):
+            axes.text(50, row, "C", fontsize=7)
+        figure.savefig(io.BytesIO())
+
+    return timed(draw)
+
+
 def size(directory: Path) -> int:
     """Bytes of all files under a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -119,6 +185,13 @@ def main() -> None:
             f"| {layers} | {cost.step:,.0f} | {cost.epoch:,.0f} "
             f"| {cost.seconds * 1e3:.1f} | {cost.epoch_seconds * 1e3:.0f} |"
         )
+    with tempfile.TemporaryDirectory() as directory:
+        singly, together = (
+            write(60, Path(directory)) for write in (write_singly, write_together)
+        )
+    print(f"\n60 scalars: {singly:.1f} ms singly, {together:.1f} ms as one event")
+    pillow, matplotlib = draw_by_pillow(15), draw_by_matplotlib(15)
+    print(f"a heat map: {pillow:.0f} ms by Pillow, {matplotlib:.0f} ms by matplotlib")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import troubles
 from benchmarks.event_files import make_report
-from tensorboard_page import Page, browser, missing, tensorboard
+from tensorboard_page import HEIGHT, WIDTH, Page, browser, missing, tensorboard
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm, demo
+from bn_callbacks.pictures.heat_map import CARD
 from bn_callbacks.tensorboard import MAX_CHARTS, ReportWriter
 
 SCREENSHOTS = Path(__file__).parents[2] / "test-results" / "screenshots"
@@ -87,6 +89,15 @@ def large(driver, tmp_path_factory):
         yield Page(driver, address)
 
 
+@pytest.fixture(scope="module")
+def past(driver, tmp_path_factory):
+    """Troubles that came and went in 65 layers."""
+    directory = tmp_path_factory.mktemp("past")
+    troubles.train(directory, on_lag="ignore")
+    with tensorboard(directory) as address:
+        yield Page(driver, address)
+
+
 def group_titles(page):
     return page.wait("return deep('metrics-card-groups .group-title').map(text)")
 
@@ -106,14 +117,11 @@ def test_time_series_reads_from_the_summary_down(small):
     small.open("timeseries")
     titles = group_titles(small)
     # Before the charts of layers, and before those of Keras.
-    assert titles[0] == "BN summary"
+    assert titles[0] == "BN"
     assert {"batch_loss", "bn", "epoch_loss"} <= set(titles)
-    # A picture has a card for each run; cards out of sight are not drawn.
-    names = ("lag_map", "lag_map", "layers_lagging", "loss_gap")
     small.wait(
         "const tags = deep('metrics-card-groups tb-truncated-path').map(text);"
-        "return arguments[0].every((tag, index) => tags[index] === tag)",
-        [f"BN summary/{name}" for name in names],
+        "return tags[0] === 'BN/lag_map'"
     )
     small.screenshot(SCREENSHOTS / "time_series.png")
 
@@ -178,9 +186,7 @@ def test_images_show_the_heat_map(small):
     )
     assert width > 300
     assert height > 150
-    assert "BN summary/lag_map" in small.ask(
-        "return deep('.heading-label.name').map(text)"
-    )
+    assert "BN/lag_map" in small.ask("return deep('.heading-label.name').map(text)")
     small.screenshot(SCREENSHOTS / "images.png")
 
 
@@ -195,12 +201,17 @@ def test_texts_show_the_report_and_the_recalibration(small):
     small.open("text")
     small.wait("return deep('#markdown h3').length > 1")
     by_head = {tuple(table[0]): table[1:] for table in reversed(tables(small))}
-    head = ("layer", "cause", "lag", "noise", "start weight", "since step", "advice")
+    head = ("layer", "cause", "lag", "noise", "start weight", "since step")
     shown = [row for table in tables(small) if tuple(table[0]) == head for row in table]
     rows = {row[0]: row for row in shown}
     assert {*LAYERS, "net/bn"} <= rows.keys()
     assert rows[LAYERS[0]][1] == "warming_up"
-    assert "start values" in rows[LAYERS[0]][6]
+    lines = small.ask("return deep('#markdown li').map(text)")
+    assert any(line.startswith("warming_up since epoch 1") for line in lines)
+    assert any("of the start values is still in" in line for line in lines)
+    code = small.ask("return deep('#markdown code').map(text)")
+    assert {"DebiasBatchNorm", "recalibrate(model, x)"} <= set(code)
+    assert not any("`" in line for line in lines)
     ((path, before, after),) = by_head["", "before", "after"]
     assert path == "net/bn"
     assert float(before) > 0.2 > float(after)
@@ -221,17 +232,58 @@ def test_histograms_show_the_channels(small):
 
 def test_a_model_of_200_layers_has_so_many_cards_and_no_more(large):
     large.open("timeseries")
-    assert group_titles(large) == ["BN summary", "bn"]
+    assert group_titles(large) == ["BN", "bn"]
     (count,) = large.ask(
         "return deep('.card-group').filter((group) =>"
         " text(deep('.group-title', group)[0]) === 'bn')"
         ".map((group) => parseInt(text(deep('.group-card-count', group)[0])))"
     )
-    # Five figures, mean, deviation and histogram of each layer; three of the model.
-    assert MAX_CHARTS / 2 * 6 <= count <= MAX_CHARTS * 8 + 3
+    # Five figures, mean, deviation and histogram of each layer; three of the model, and
+    # the picture of all layers.
+    assert MAX_CHARTS / 2 * 6 <= count <= MAX_CHARTS * 8 + 4
     large.screenshot(SCREENSHOTS / "large_time_series.png")
     for tab in ("custom_scalars", "images", "text"):
         large.open(tab)
         large.wait("return deep('.heading-label.name').length > 0")
         large.screenshot(SCREENSHOTS / f"large_{tab}.png")
     assert len(tables(large)[0]) == 31
+
+
+@pytest.mark.parametrize(
+    "size", [(1280, 800), (1500, 1250), (1920, 1080), (2560, 1300)]
+)
+def test_the_heat_map_is_shown_as_it_is_in_windows_of_all_sizes(small, size):
+    small.driver.set_window_size(*size)
+    try:
+        small.open("timeseries")
+        found = small.wait(
+            "const images = deep('image-card img').filter((one) => one.naturalWidth);"
+            "return images.length && images.map((one) => [one.naturalWidth,"
+            " one.naturalHeight, one.clientWidth, one.clientHeight])"
+        )
+    finally:
+        small.driver.set_window_size(WIDTH, HEIGHT)
+    width, height, room, high = found[0]
+    assert (width, height) == CARD
+    # TensorBoard fits a picture into this room: neither larger nor smaller.
+    assert high == height
+    assert room >= width
+
+
+def test_what_came_and_went_is_seen_when_all_is_well_again(past):
+    past.open("timeseries")
+    past.wait("return deep('image-card img').some((one) => one.naturalWidth)")
+    past.screenshot(SCREENSHOTS / "past_time_series.png")
+    past.open("text")
+    lines = past.wait("return deep('#markdown li').map(text)")
+    assert past.ask("return deep('#markdown h3').map(text)") == [
+        "65 of 65 BatchNormalization layers healthy"
+    ]
+    (outliers,) = (line for line in lines if line.startswith("outliers in"))
+    assert "epochs 7-8" in outliers
+    assert "65 layers, worst stem_bn" in outliers
+    assert any(line.startswith("outliers: Rare extreme") for line in lines)
+    past.screenshot(SCREENSHOTS / "past_text.png")
+    past.open("images")
+    past.wait("return deep('tf-image-loader').length > 1")
+    past.screenshot(SCREENSHOTS / "past_images.png")
