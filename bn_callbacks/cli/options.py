@@ -223,6 +223,14 @@ def _recalibration() -> argparse.ArgumentParser:
         "--dropout", action="store_true", help="let dropout act as in training"
     )
     options.add_argument(
+        "--prior",
+        choices=["stored"],
+        help=(
+            "with a handful of examples: correct what is stored by as much as they can "
+            "tell"
+        ),
+    )
+    options.add_argument(
         "--validation",
         metavar="DATA",
         help="data with targets, in the forms of --data: the better statistics stay",

@@ -35,6 +35,7 @@ SECTIONS = {
     "samples": "How large a sample has to be",
     "passes": "What a pass costs",
     "growth": "How both grow",
+    "handful": "What a handful of examples does",
     "causes": "How often the cause is right",
 }
 """The sections in their order, and their titles."""

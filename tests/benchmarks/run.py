@@ -1,4 +1,4 @@
-"""Measures everything and writes docs/benchmarks.md: some 50 minutes.
+"""Measures everything and writes docs/benchmarks.md: some 60 minutes.
 
     python tests/benchmarks/run.py [--sections overhead causes ...] [--quick]
 
@@ -22,6 +22,7 @@ OPTIONS = {
     "samples": [],
     "passes": [],
     "growth": [],
+    "handful": [],
     "causes": [],
 }
 QUICK = {
@@ -38,6 +39,7 @@ QUICK = {
         *("--repeats", "1", "--batches", "2"),
         *("--readings", "2", "--reports", "1"),
     ],
+    "handful": ["--models", "dense", "--seeds", "1", "--draws", "1"],
     "causes": ["--with-probe", "--only", "momentum_one"],
 }
 """Settings that show that a script works, and measure nothing."""
