@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from bn_callbacks.callbacks.debias import DebiasBatchNorm
     from bn_callbacks.callbacks.monitor import BatchNormMonitor
     from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
+    from bn_callbacks.pooling import apply_statistics, measure
     from bn_callbacks.recalibration import recalibrate, recalibrated
     from bn_callbacks.report import (
         BatchNormLagWarning,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         RecalibrationReport,
     )
     from bn_callbacks.statistics.moving_average import suggest_momentum
+    from bn_callbacks.statistics.population import PopulationMoments
     from bn_callbacks.watching.watch import BatchNormWatch
 
 __all__ = [
@@ -27,9 +29,12 @@ __all__ = [
     "BatchNormWatch",
     "DebiasBatchNorm",
     "LayerReport",
+    "PopulationMoments",
     "RecalibrateBatchNorm",
     "RecalibrationReport",
+    "apply_statistics",
     "audit",
+    "measure",
     "recalibrate",
     "recalibrated",
     "suggest_momentum",
@@ -44,9 +49,12 @@ _HOMES = {
     "BatchNormWatch": "watching.watch",
     "DebiasBatchNorm": "callbacks.debias",
     "LayerReport": "report",
+    "PopulationMoments": "statistics.population",
     "RecalibrateBatchNorm": "callbacks.recalibrate",
     "RecalibrationReport": "report",
+    "apply_statistics": "pooling",
     "audit": "auditing",
+    "measure": "pooling",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "suggest_momentum": "statistics.moving_average",

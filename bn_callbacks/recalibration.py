@@ -21,11 +21,9 @@ from bn_callbacks.arguments import (
 )
 from bn_callbacks.auditing import Seen, report_on
 from bn_callbacks.layers import (
-    BatchNormLayer,
     LayerSelection,
-    Snapshot,
-    assign,
     check_model,
+    commit,
     count_inputs,
     find,
     read,
@@ -47,7 +45,7 @@ from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.precision import Precision
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
-from bn_callbacks.measuring.reach import split
+from bn_callbacks.measuring.reach import targets_of
 from bn_callbacks.measuring.sample import Examples, examples_in
 from bn_callbacks.report import BatchNormWarning, RecalibrationReport, Shrinkage
 from bn_callbacks.statistics.moments import Statistics
@@ -263,7 +261,7 @@ class Recalibration:
                     f"Received: prior={prior!r} with {self._team.workers} workers. "
                     "Recalibrate in one process, and load the model in the others."
                 )
-            self._targets, self._skipped, self._uncalled = _targets(
+            self._targets, self._skipped, self._uncalled = targets_of(
                 model, layers, batches
             )
             self._population = Population(model, self._targets, dropout=dropout)
@@ -314,7 +312,7 @@ class Recalibration:
         committed = is_nearer and not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
-            self._write(saved, solution.statistics, reached)
+            commit(targets, solution.statistics, reached, self._team)
         unreached = [
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
@@ -411,19 +409,6 @@ class Recalibration:
                 return replace(by_batch, residuals=left), other
         return solution, loss
 
-    def _write(
-        self, saved: Snapshot, statistics: list[Statistics], reached: list[bool]
-    ) -> None:
-        try:
-            with self._team.agreed():
-                assign(
-                    list(itertools.compress(self._targets, reached)),
-                    list(itertools.compress(statistics, reached)),
-                )
-        except BaseException:
-            restore(saved)
-            raise
-
     def _notes(
         self, measured: Measurement, residual: float | None, is_nearer: bool
     ) -> tuple[str, ...]:
@@ -476,42 +461,6 @@ def check_options(
             f"tolerance={shown(tolerance)}. Leave both out."
         )
     check_verbose(verbose)
-
-
-def _targets(
-    model: keras.Model, layers: LayerSelection, batches: Batches
-) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers to recalibrate, those to leave alone, and those never called."""
-    found = find(model, layers)
-    if not found:
-        raise ValueError(
-            "The model has no BatchNormalization layer to recalibrate. Received: "
-            f"model={model.name!r}. There is nothing to do for it."
-        )
-    targets, skipped, uncalled = split(model, found, batches)
-    deaf = [bn for bn in skipped if bn.named]
-    if deaf:
-        raise ValueError(
-            f"The input of {deaf[0].path} cannot be measured: its own `call` never "
-            "asks for the statistics of a batch, whatever `training` is. Received: "
-            f"a {type(deaf[0].layer).__qualname__}. Leave it out of `layers`, or let "
-            "its `call` pass `training` on to `BatchNormalization.call`."
-        )
-    if targets:
-        return targets, skipped, uncalled
-    if not any(bn.trainable for bn in found):
-        raise ValueError(
-            "All BatchNormalization layers are frozen (`trainable=False`). Received: "
-            f"{found[0].path} and {len(found) - 1} more. Name the layers to "
-            f"recalibrate all the same, as in layers=[{found[0].path!r}]."
-        )
-    raise ValueError(
-        "The model's own call never runs its BatchNormalization layers in training "
-        "mode, so its weights have adapted to the statistics as they are, and "
-        f"recalibration would harm. Received: {found[0].path} and {len(found) - 1} "
-        "more. Pass `training` on to the layers in `call` and train again; or name "
-        f"the layers, as in layers=[{found[0].path!r}], if you know better."
-    )
 
 
 def _is_worse(after: float | None, before: float | None) -> bool:

@@ -16,7 +16,7 @@ FLOORS = (
     {"layers", "report"},
     {"evidence", "measuring"},
     {"auditing", "tensorboard", "watching"},
-    {"recalibration"},
+    {"pooling", "recalibration"},
     {"callbacks"},
     {"demo"},
     {"cli"},

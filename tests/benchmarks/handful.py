@@ -35,8 +35,8 @@ PAGE = """\
 Validation loss, the median over {seeds} trainings × {draws} draws of so many examples:
 with the statistics as stored; with plain recalibration; with a mixture in which what is
 stored counts as {count} examples; with the estimator of James and Stein, for the means
-and for the logarithms of the variances of each layer; and with `prior="stored"`. Bold is
-the lowest of the last four. Where all {training} examples are used, that is plain
+and for the logarithms of the variances of each layer; and with `prior="stored"`. Bold
+is the lowest of the last four. Where all {training} examples are used, that is plain
 recalibration, and `prior="stored"` is the same.
 
 {table}
