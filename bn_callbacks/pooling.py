@@ -91,8 +91,7 @@ def measure(
         stored = read(targets)
         given = stored if is_word(statistics, "stored") else None
         if isinstance(statistics, PopulationMoments):
-            _check_paths(targets, statistics.moments)
-            own = [statistics.moments[bn.path] for bn in targets]
+            own = _own(model, targets, statistics.moments)
             given = storable(targets, own, stored)
     batches.mix()
     population.share(batches)
@@ -100,7 +99,7 @@ def measure(
     progress.begin("measuring")
     measured = population.measure(batches, given, show=progress.show)
     progress.end()
-    paths = [bn.path for bn in targets]
+    paths = _names(model, targets)
     return PopulationMoments(
         dict(zip(paths, measured.moments, strict=True)),
         None if given is None else dict(zip(paths, given, strict=True)),
@@ -137,9 +136,10 @@ def apply_statistics(
             f"{type(moments).__name__}. Pass PopulationMoments, or load them with "
             "PopulationMoments.load."
         )
-    targets = [bn for bn in find(model) if bn.path in moments.moments]
-    _check_paths(targets, moments.moments)
-    each = [moments.moments[bn.path] for bn in targets]
+    found = find(model)
+    named = zip(_names(model, found), found, strict=True)
+    targets = [bn for name, bn in named if name in moments.moments]
+    each = _own(model, targets, moments.moments)
     reached = [not one.is_empty for one in each]
     if not any(reached):
         raise ValueError(
@@ -167,13 +167,14 @@ def apply_statistics(
             bn.path for bn, is_in in zip(targets, reached, strict=True) if not is_in
         ),
         residuals=(None,) * len(targets),
-        notes=(_note(targets, each, moments.given),),
+        notes=(_note(targets, _names(model, targets), each, moments.given),),
         _undo=lambda: restore(saved),
     )
 
 
 def _note(
     targets: list[BatchNormLayer],
+    names: list[str],
     moments: list[Moments],
     given: Mapping[str, Statistics] | None,
 ) -> str:
@@ -183,7 +184,7 @@ def _note(
             "batch. Another round, with `measure(..., statistics=merged)`, brings "
             "them nearer to what inference sees."
         )
-    moved = known(lags(targets, moments, [given[bn.path] for bn in targets])) or 0.0
+    moved = known(lags(targets, moments, [given[name] for name in names])) or 0.0
     return (
         f"The last round has moved the statistics by {moved:.2g} standard deviations "
         "at most. Another is worth its time while that is more than 0.01."
@@ -205,14 +206,24 @@ def _check_options(statistics: Any, dropout: Any, verbose: Any) -> None:
     check_verbose(verbose)
 
 
-def _check_paths(targets: list[BatchNormLayer], moments: Mapping[str, Moments]) -> None:
-    mine = {bn.path: bn.channels for bn in targets}
-    theirs = {path: len(one.mean) for path, one in moments.items()}
+def _names(model: keras.Model, layers: list[BatchNormLayer]) -> list[str]:
+    """Names of layers that a copy of the model has too, whatever its own name is."""
+    return [bn.path.removeprefix(f"{model.name}/") for bn in layers]
+
+
+def _own(
+    model: keras.Model, targets: list[BatchNormLayer], moments: Mapping[str, Moments]
+) -> list[Moments]:
+    """The moments of each layer; an error if they are not those of these layers."""
+    names = _names(model, targets)
+    mine = {name: bn.channels for name, bn in zip(names, targets, strict=True)}
+    theirs = {name: len(one.mean) for name, one in moments.items()}
     if mine != theirs:
-        path = min({*mine.items()} ^ {*theirs.items()})[0]
+        name = min({*mine.items()} ^ {*theirs.items()})[0]
         raise ValueError(
-            f"The moments are of another model, or of other layers. Received: {path} "
-            f"of {theirs.get(path, 'no')} channels in the moments and of "
-            f"{mine.get(path, 'no')} in the model. Measure with the model that they "
-            "are for, and the same `layers`."
+            f"The moments are of another model, or of other layers. Received: {name} "
+            f"of {theirs.get(name, 'no')} channels in the moments and of "
+            f"{mine.get(name, 'no')} in the model. Layers are told apart by their "
+            "names: load the same saved model everywhere, or name the layers."
         )
+    return [moments[name] for name in names]
