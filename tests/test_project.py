@@ -21,7 +21,7 @@ FLOORS = (
     {"layers", "report"},
     {"evidence", "measuring"},
     {"auditing", "tensorboard", "watching"},
-    {"recalibration"},
+    {"pooling", "recalibration"},
     {"callbacks"},
     {"demo"},
     {"cli"},
