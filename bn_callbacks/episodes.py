@@ -21,13 +21,14 @@ class Episode:
         last_epoch: Epoch of the last one.
         layers: Paths of the layers that had it, the worst of the first report first.
         worst: Path of the layer with the largest lag.
-        lag: That lag; None where none was known.
-        loss_gap: The largest loss gap at an epoch's end in this time; None where none
-            was measured.
-        is_over: Whether the latest report does not show it any more.
-        times: How often it came. Above 1 where so much came and went in a training
-            that episodes of the same cause had to be put together.
-        advice: What to do about it, as it was told of the worst layer.
+        lag: That lag; None, the default, where none was known.
+        loss_gap: The largest loss gap at an epoch's end in this time; None, the
+            default, where none was measured.
+        is_over: Whether the latest report does not show it any more; True by default.
+        times: How often it came; 1 by default. Above 1 where so much came and went in a
+            training that episodes of the same cause had to be put together.
+        advice: What to do about it, as it was told of the worst layer; empty by
+            default.
 
     Example:
         >>> print(Episode("outliers", 130, 140, 7, 7, ("bn_1", "bn_2"), "bn_2", 0.8))

@@ -53,14 +53,16 @@ def measure(
     Args:
         model: A built Keras model; the same weights everywhere.
         x: This part of the training data, as `recalibrate` takes them.
-        statistics: What layers normalise with: `None` for the statistics of each batch;
-            the merged moments of the round before; or `"stored"` for what the model
-            stores.
+        statistics: What layers normalise with: `None`, the default, for the statistics
+            of each batch; the merged moments of the round before; or `"stored"` for
+            what the model stores.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        dropout: Whether dropout, noise and augmentation layers act as in training.
-        layers: Which layers, as `recalibrate` takes them.
-        verbose: 0 is silent; 1, and `"auto"`, show progress.
+        dropout: Whether dropout, noise and augmentation layers act as in training;
+            `False` by default.
+        layers: Which layers, as `recalibrate` takes them; by default those that `fit`
+            would update.
+        verbose: 0, the default, is silent; 1, and `"auto"`, show progress.
 
     Returns:
         The `PopulationMoments`, to be merged and saved.

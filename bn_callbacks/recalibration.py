@@ -183,6 +183,7 @@ def recalibrated(
     dropout: bool = False,
     layers: LayerSelection = None,
     validation_data: Any = None,
+    prior: Literal["stored"] | None = None,
     verbose: int | Literal["auto"] = "auto",
 ) -> Iterator[RecalibrationReport]:
     """Recalibrates inside the `with` block; afterwards all is as before.
@@ -197,6 +198,7 @@ def recalibrated(
         dropout: Whether dropout acts as in training; `False` by default.
         layers: Which layers; by default those that `fit` would update.
         validation_data: Data that decide which statistics are better; none by default.
+        prior: `"stored"` for a handful of examples; `None` by default.
         verbose: 0 is silent; 1, and `"auto"`, the default, show progress and the
             result.
 
@@ -232,6 +234,7 @@ def recalibrated(
             dropout=dropout,
             layers=layers,
             validation_data=validation_data,
+            prior=prior,
             verbose=verbose,
         )
     finally:

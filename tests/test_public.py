@@ -99,7 +99,7 @@ def test_arguments_that_take_words_name_them():
         target = thing.__init__ if inspect.isclass(thing) else thing
         hints = typing.get_type_hints(inspect.unwrap(target))
         for argument in inspect.signature(thing).parameters.values():
-            if isinstance(argument.default, str):
+            if isinstance(argument.default, str) and argument.default:
                 words = [
                     word
                     for hint in (
