@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from models import compiled, dense, layers, normal
 
 from bn_callbacks.measuring import probe as probes
@@ -22,7 +23,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def counting(self: Traced, group: Any, *others: Any) -> Any:
         nonlocal examples
-        examples += sum(len(keras.tree.flatten(batch)[0]) for batch in group)
+        examples += sum(len(tf.nest.flatten(batch)[0]) for batch in group)
         return run(self, group, *others)
 
     monkeypatch.setattr(Traced, "__call__", counting)
