@@ -51,7 +51,7 @@ def load(
                 path, custom_objects=objects, safe_mode=not is_trusted
             )
     except Exception as error:
-        raise CommandError(f"{path} {_reason(error)}") from error
+        raise CommandError(f"{path} {_damage(path) or _reason(error)}") from error
     check_model(model)
     return model
 
@@ -91,6 +91,18 @@ def _public_objects(name: str) -> dict[str, Any]:
         if not key.startswith("_")
         and (inspect.isclass(value) or inspect.isfunction(value))
     }
+
+
+def _damage(path: str | Path) -> str | None:
+    """What is damaged in the archive, whatever Keras has made of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = archive.testzip()
+    except _DAMAGED:
+        return None  # The error says more.
+    if name is None:
+        return None
+    return f"is damaged: Bad CRC-32 for file {name!r}. Copy or save it again."
 
 
 def _reason(error: Exception) -> str:
