@@ -1,7 +1,9 @@
 """Watch, recalibrate and debias the moving statistics of BatchNormalization."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from bn_callbacks.installing import import_with_advice
+from bn_callbacks.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from bn_callbacks.auditing import audit
@@ -61,10 +63,10 @@ if not TYPE_CHECKING:  # Type checkers would take any name to exist.
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        value = getattr(import_with_advice(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

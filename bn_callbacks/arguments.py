@@ -1,4 +1,4 @@
-"""What arguments of the public functions may be, and how a wrong one is shown."""
+"""Checks arguments of public functions, and shows wrong ones in messages."""
 
 import numbers
 from typing import Any
@@ -15,7 +15,7 @@ def shown(value: object) -> str:
 
 
 def is_word(value: Any, *words: str) -> bool:
-    """Whether it is one of these words. An array, for one, is not even compared."""
+    """Whether it is one of these words; never compares anything but a string."""
     return isinstance(value, str) and value in words
 
 
@@ -38,7 +38,7 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raises a ValueError for anything but a whole number from 1 on, or None."""
+    """Raises a ValueError unless it is None or a whole number of at least 1."""
     if value is not None and not is_whole(value, 1):
         raise ValueError(
             f"`{name}` must be a positive integer or None. Received: "
@@ -47,7 +47,7 @@ def check_whole(name: str, value: Any) -> None:
 
 
 def check_verbose(value: Any) -> None:
-    """Raises a ValueError for what no callback or method of Keras takes either."""
+    """Raises a ValueError unless it is what Keras takes as `verbose`."""
     if not (is_word(value, "auto") or is_flag(value) or is_whole(value, 0)):
         raise ValueError(
             f"`verbose` must be 0, 1 or 'auto'. Received: verbose={shown(value)}."
@@ -56,4 +56,4 @@ def check_verbose(value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     is_real = isinstance(value, numbers.Real) and not is_flag(value)
-    return is_real and value == value  # Which NaN is not.
+    return is_real and value == value  # NaN is not equal to itself.

@@ -42,8 +42,8 @@ def audit(
 
     Args:
         model: A built Keras model.
-        x: Training data as `fit` takes them, or `None` to look at the stored
-            statistics alone. Where they bring targets and the model is compiled,
+        x: Training data as `fit` takes them, or `None`, the default, to look at the
+            stored statistics alone. Where they bring targets and the model is compiled,
             the loss in both modes is measured too.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.

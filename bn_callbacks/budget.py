@@ -1,4 +1,4 @@
-"""Keeping what costs time to a share of the time that passes."""
+"""Limits work that is not essential to a share of the time that passes."""
 
 import contextlib
 import time
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class Budget:
-    """Allows something as long as all of it takes no more than a share of the time.
+    """Allows repeated work as long as all of it takes at most a share of the time.
 
     Args:
         share: The share, from 0 to 1.
-        cost: Seconds that doing it once takes, as a guess before the first time.
+        cost: Seconds that one run takes; a guess, until the first one is timed.
 
     Example:
     >>> budget = Budget(share=0.5, cost=0.0)
@@ -27,13 +27,13 @@ class Budget:
         self._began = time.perf_counter()
 
     def allows(self) -> bool:
-        """Whether it may be done once more."""
+        """Whether another run fits into the budget."""
         passed = time.perf_counter() - self._began
         return self._spent + self._cost <= self._share * passed
 
     @contextlib.contextmanager
     def spend(self) -> Iterator[None]:
-        """Inside, it is done, and timed."""
+        """Times the block and charges it to the budget."""
         began = time.perf_counter()
         yield
         self._cost = time.perf_counter() - began

@@ -28,12 +28,12 @@ def copies(value: Any) -> tuple[Any, ...]:
 
 
 class Team:
-    """Those who share the work of a pass: replicas here, workers elsewhere.
+    """The replicas and workers that share the work of a pass.
 
-    Workers talk to each other in `agreed` and `gather` alone, which all of them must
-    come to in the same order. What may fail is done in `agreed`, so that nobody waits
-    for one that has failed. When a worker has died, TensorFlow gives up within its own
-    time-out.
+    Workers talk to each other in `agreed` and `gather` only, and all of them must call
+    these in the same order. Whatever may fail runs inside `agreed`, so that no worker
+    waits for one that has failed. If a worker dies, TensorFlow gives up after a
+    time-out of its own.
 
     Args:
         strategy: The strategy; None for none.
@@ -67,7 +67,7 @@ class Team:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process is the one that speaks and writes files."""
+        """Whether this process prints and writes files."""
         return self.worker == 0
 
     def run(self, function: Callable[[int], Sequence[Any]]) -> list[tuple[Any, ...]]:
@@ -105,7 +105,7 @@ class Team:
                 rows[self.worker] = row
             return tf.constant(rows)
 
-        # A sum with nothing but zeros: exact, and the same on all workers.
+        # All other rows are zeros, so that the sum is exact, and the same everywhere.
         rows = self._strategy.experimental_distribute_values_from_function(mine)
         try:
             total: NDArray[np.float64] = self._strategy.reduce(
@@ -182,10 +182,10 @@ class Team:
         )
 
     def _meet(self, what: str) -> None:
-        """Waits for the others, who may have nothing that brings them here.
+        """Waits for the other workers, some of which may never call this.
 
         A sum over workers would wait for ever then. TensorFlow's coordination service
-        waits as long as it is told to, and can stop the others with a message.
+        takes a time-out, and can stop the others with a message.
 
         Raises:
             RuntimeError: Another worker does not come.

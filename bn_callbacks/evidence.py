@@ -1,7 +1,7 @@
-"""What was seen of a BN layer, put together: the only place where evidence is made.
+"""Builds `Evidence`: the only place that does.
 
-What a layer is comes from the layer; what was seen of it, in training or in data, from
-whoever looked. `statistics/evidence.py` says what each part means.
+The layer's settings are read from the layer; what was seen of it, in training or in
+data, is passed in. `statistics/evidence.py` says what each part means.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ def evidence_of(
     began: Statistics | None = None,
     **seen: Any,
 ) -> Evidence:
-    """Evidence on a layer.
+    """Puts together what is known of a layer.
 
     Args:
         bn: The layer.
         moving: What it stores.
-        began: What it stored when the watching began; `moving` by default.
+        began: What it stored when watching began; `moving` by default.
         **seen: What was seen, as `Evidence` names it.
     """
     began = moving if began is None else began

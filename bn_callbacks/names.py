@@ -1,4 +1,4 @@
-"""Names that may come from strangers, as they may be printed."""
+"""Makes names from strangers' files safe to print."""
 
 import re
 

@@ -107,21 +107,26 @@ def recalibrate(
             memory. Targets are ignored.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        tolerance: Stop the first pass when the standard error of every layer's
-            statistics is below this, in standard deviations (0.01 is plenty). It
-            is estimated from how batches differ, so that batches of samples that
-            belong together are not taken for many samples. Arrays and `PyDataset`s
-            are read in random order; datasets and generators must come in no order,
-            or it stops too early. Further passes use the same batches.
-        refine: `"auto"`; or 0 for the usual Precise BN in one pass by batch, or a
-            number of further passes with the statistics that the last one found.
-        dropout: Whether dropout, noise and augmentation layers act as in training.
-        layers: Which layers: `None` for those that `fit` would update; or names,
-            paths, a regular expression, a predicate, or a list of these. A frozen
-            layer is recalibrated only if it is named.
-        validation_data: Data with targets. The model's loss on them decides between
-            the old statistics, the new ones, and those of a single pass by batch.
-        verbose: 0 is silent; 1, and `"auto"`, show progress and the result.
+        tolerance: By default all data are read. With a number, stop the first pass when
+            the standard error of every layer's statistics is below this, in standard
+            deviations (0.01 is plenty). It is estimated from how batches differ, so
+            that batches of samples that belong together are not taken for many samples.
+            Arrays and `PyDataset`s are read in random order; datasets and generators
+            must come in no order, or it stops too early. Further passes use the same
+            batches.
+        refine: `"auto"`, the default; or 0 for the usual Precise BN in one pass by
+            batch, or a number of further passes with the statistics that the last one
+            found.
+        dropout: Whether dropout, noise and augmentation layers act as in training;
+            `False` by default.
+        layers: Which layers: `None`, the default, for those that `fit` would update; or
+            names, paths, a regular expression, a predicate, or a list of these. A
+            frozen layer is recalibrated only if it is named.
+        validation_data: Data with targets; none by default. The model's loss on them
+            decides between the old statistics, the new ones, and those of a single pass
+            by batch.
+        verbose: 0 is silent; 1, and `"auto"`, the default, show progress and the
+            result.
 
     Returns:
         A `RecalibrationReport`; its `undo()` gives the old statistics back.
@@ -163,14 +168,32 @@ def recalibrate(
 
 @contextlib.contextmanager
 def recalibrated(
-    model: keras.Model, x: Any, **arguments: Any
+    model: keras.Model,
+    x: Any,
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    refine: int | Literal["auto"] = "auto",
+    dropout: bool = False,
+    layers: LayerSelection = None,
+    validation_data: Any = None,
+    verbose: int | Literal["auto"] = "auto",
 ) -> Iterator[RecalibrationReport]:
     """Recalibrates inside the `with` block; afterwards all is as before.
 
     Args:
         model: A built Keras model.
-        x: Training data as `fit` takes them.
-        **arguments: As `recalibrate` takes them.
+        x: Training data as `recalibrate` takes them, and the rest too.
+        batch_size: Samples per batch of arrays; 32 by default.
+        steps: Number of batches to use; all by default.
+        tolerance: Standard error that is enough; by default all data are read.
+        refine: `"auto"`, the default, or a number of further passes.
+        dropout: Whether dropout acts as in training; `False` by default.
+        layers: Which layers; by default those that `fit` would update.
+        validation_data: Data that decide which statistics are better; none by default.
+        verbose: 0 is silent; 1, and `"auto"`, the default, show progress and the
+            result.
 
     Returns:
         A context manager that gives the `RecalibrationReport`. The statistics from
@@ -194,7 +217,18 @@ def recalibrated(
     check_model(model)
     saved = snapshot(find(model))
     try:
-        yield recalibrate(model, x, **arguments)
+        yield recalibrate(
+            model,
+            x,
+            batch_size=batch_size,
+            steps=steps,
+            tolerance=tolerance,
+            refine=refine,
+            dropout=dropout,
+            layers=layers,
+            validation_data=validation_data,
+            verbose=verbose,
+        )
     finally:
         restore(saved)
 

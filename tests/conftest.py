@@ -22,8 +22,8 @@ add_devices()
 # Of two processes on two cores each has enough with one thread for an operation.
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
-# A script, which only runs as one of several workers.
-collect_ignore = ["workers.py"]
+# Scripts: one only runs as one of several workers, the other is read and never run.
+collect_ignore = ["typing_script.py", "workers.py"]
 
 # Keras collects garbage with each new session; what the imports made is not garbage.
 gc.freeze()

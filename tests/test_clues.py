@@ -42,6 +42,9 @@ def test_momentum_too_large_for_the_fit_comes_with_a_better_one():
     text = clues(dense(), total_steps=100)
     assert "momentum 0.99 is large for the 100 steps of this fit" in text
     assert "suggested: 0.9)" in text
+    # What counts is 5 % of the start: 0.06 of it is left after 280 steps.
+    assert "momentum 0.99 is large" in clues(dense(), total_steps=280)
+    assert clues(dense(), total_steps=300) == ""
 
 
 def test_momentum_one_is_seen():

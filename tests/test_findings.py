@@ -77,6 +77,8 @@ def test_after_a_healthy_training_the_last_look_has_to_be_clear() -> None:
         report = BatchNormReport((of(lag, cause="stale"),), **losses)
         return findings.messages(report, steps_left=0)
 
+    assert last(0.3) == []
+    assert last(9.0, inference=1.5) == []
     assert last(CLEAR * 0.2 - 0.01) == []
     assert len(last(CLEAR * 0.2 + 0.01)) == 1
     assert last(9.0, inference=CLEAR - 0.1) == []

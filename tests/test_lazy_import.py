@@ -25,10 +25,11 @@ def test_the_import_loads_no_framework():
     assert not {"keras", "tensorflow", "numpy"} & set(loaded)
 
 
-def test_dir_lists_the_public_names_before_they_are_loaded():
-    names = python("import bn_callbacks; print(*dir(bn_callbacks))").split()
-    assert set(bn_callbacks.__all__) <= set(names)
-    assert names == sorted(names)
+def test_dir_lists_the_public_names_and_no_other_loaded_or_not():
+    shown = "import bn_callbacks as b; print(*dir(b)); b.audit; print(*dir(b))"
+    before, after = python(shown).splitlines()
+    assert before == after
+    assert before.split() == sorted([*bn_callbacks.__all__, "__version__"])
 
 
 @pytest.mark.parametrize("name", bn_callbacks.__all__)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from bn_callbacks import recalibration
 from bn_callbacks.layers import assign, find, read
 from bn_callbacks.measuring.consistent import Solution, _layer_by_layer
 from bn_callbacks.measuring.one_pass import Measurement
@@ -38,6 +39,21 @@ def test_an_assignment_that_breaks_off_leaves_nothing_written(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         assign(layers, [Statistics(np.full(2, 5.0), np.full(2, 9.0))] * 2)
     for old, now in zip(before, read(layers), strict=True):
+        np.testing.assert_array_equal(old, now)
+
+
+def test_what_is_written_is_taken_back_where_another_worker_fails(monkeypatch):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
+    before = model.get_weights()
+
+    def write_and_fail(*arguments):
+        assign(*arguments)
+        raise RuntimeError
+
+    monkeypatch.setattr(recalibration, "assign", write_and_fail)
+    with pytest.raises(RuntimeError):
+        recalibration.recalibrate(model, np.full((8, 2), 5.0), verbose=0)
+    for old, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, now)
 
 

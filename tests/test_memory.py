@@ -12,7 +12,7 @@ import pytest
 from models import dense, layers, normal, scatter, stored
 
 from bn_callbacks import audit, recalibrate
-from bn_callbacks.layers import find
+from bn_callbacks.layers import CallWatch, find
 from bn_callbacks.layers.memory import KEPT, memory_of
 
 X = normal(64, 6)
@@ -54,6 +54,16 @@ def test_a_second_recalibration_does_not_trace_again() -> None:
     assert traces(model) == 0
     assert traces(model, x=normal(70, 6), batch_size=7) == 0
     assert traces(model, refine=2) == 0
+
+
+def test_whoever_counts_the_calls_of_training_causes_no_new_trace() -> None:
+    model = network()
+    assert traces(model) == 1
+    watch = CallWatch(model, find(model))
+    watch.begin()
+    assert traces(model) == 0
+    watch.end(0)
+    assert traces(model) == 0
 
 
 def test_new_weights_need_no_new_trace() -> None:

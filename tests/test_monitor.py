@@ -893,18 +893,24 @@ def test_layers_that_do_not_exist_are_refused_before_training():
 
 
 @pytest.mark.parametrize(
-    ("momenta", "total", "expected"),
+    ("momenta", "total", "epoch", "expected"),
     [
-        ([0.99], None, 50),  # half the memory of 100
-        ([0.999], None, 100),
-        ([0.0, 0.5], None, 10),
-        ([0.99], 100, 10),  # ten windows at least
-        ([0.99], 5, 1),
-        ([1.0], None, 100),
+        ([0.99], None, None, 50),  # half the memory of 100
+        ([0.999], None, None, 100),
+        ([0.0, 0.5], None, None, 10),
+        ([0.99], 100, None, 10),  # ten windows at least
+        ([0.99], 5, None, 1),
+        ([1.0], None, None, 100),
+        ([0.99], None, 100, 20),  # five windows an epoch
+        ([0.99], None, 20, 10),  # but not at any cost
+        ([0.99], None, 1000, 50),
+        ([0.99], 60, 100, 6),
     ],
 )
-def test_reads_as_often_as_the_longest_memory_makes_sensible(momenta, total, expected):
-    assert reading_interval(momenta, total) == expected
+def test_reads_as_often_as_the_longest_memory_makes_sensible(
+    momenta, total, epoch, expected
+):
+    assert reading_interval(momenta, total, epoch) == expected
 
 
 def test_a_dataset_is_a_probe_too():

@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from bn_callbacks import __version__
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bn_callbacks"
 
 # A module may import those of lower floors, and its neighbours in the same folder.
 FLOORS = (
     {
-        *("arguments", "budget", "distribution", "episodes", "names", "pictures"),
-        *("statistics", "warn"),
+        "arguments",
+        "budget",
+        "distribution",
+        "episodes",
+        "installing",
+        "names",
+        "pictures",
+        "statistics",
+        "version",
+        "warn",
     },
     {"layers", "report"},
     {"evidence", "measuring"},
@@ -135,14 +145,26 @@ def test_ci_extracts_the_test_command_of_the_readme():
     assert printed == readme_test_command()
 
 
-def test_core_has_four_dependencies():
+def test_core_has_three_dependencies_and_no_tensorflow():
     # Python 3.10 has no tomllib.
     pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
     block = re.search(r"^dependencies = \[\n(.*?)^\]", pyproject, re.DOTALL | re.M)
     assert block
     dependencies = re.findall(r'^ *"([\w-]+)>=', block.group(1), re.MULTILINE)
-    assert dependencies == ["keras", "numpy", "tensorboard", "tensorflow"]
+    assert dependencies == ["keras", "numpy", "tensorboard"]
     assert block.group(1).count('"') == 2 * len(dependencies)
+
+
+def test_one_version_and_day_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {__version__}\n" in citation
+    (day,) = re.findall(r"^date-released: (\d{4}-\d\d-\d\d)$", citation, re.MULTILINE)
+    assert f"\n## [{__version__}] - {day}\n" in (ROOT / "CHANGELOG.md").read_text(
+        "utf-8"
+    )
+    # Whatever else names a version gets it from there.
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert not re.search(r"^version =", pyproject, re.MULTILINE)
 
 
 def test_picture_of_the_house_shows_the_modules_that_exist():

@@ -2,11 +2,14 @@
 
 import warnings
 
+import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from models import compiled, dense, normal
 
-from bn_callbacks import BatchNormMonitor, BatchNormWarning, audit
+from bn_callbacks import BatchNormMonitor, BatchNormWarning, DebiasBatchNorm, audit
+from bn_callbacks.layers import calls_of, find
 from bn_callbacks.tensorboard.panels import report_panel
 
 X, Y = normal(160, 6, mean=5.0), normal(160, 1)
@@ -56,6 +59,33 @@ def test_nothing_unknown_is_charted_or_said_to_be_healthy(tmp_path):
     panel = report_panel(monitor.report, {}, ())
     assert "unknown" in panel
     assert "all healthy" not in panel
+
+
+class TwoViews(keras.Model):
+    """Its training step, which a `fit` before has traced, calls the model twice."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = sum(
+                self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+                for _ in range(2)
+            )
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+@pytest.mark.filterwarnings("ignore::bn_callbacks.BatchNormWarning")
+def test_passes_of_ours_are_not_counted_as_steps_of_training():
+    base = dense(1)
+    model = TwoViews(base.inputs[0], base.outputs[0])
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(X, Y, verbose=0)
+    monitor = BatchNormMonitor(probe=(X, Y), on_lag="ignore")
+    model.fit(X, Y, verbose=0, callbacks=[monitor, DebiasBatchNorm()])
+    # The monitor has traced its own passes while the other one was watching.
+    assert [each.updates for each in calls_of(model, find(model))] == [None]
 
 
 def test_an_audit_without_data_calls_nothing_healthy():

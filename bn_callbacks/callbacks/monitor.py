@@ -1,7 +1,7 @@
 """`BatchNormMonitor`: watches BN layers in `fit`."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import keras
@@ -65,23 +65,27 @@ class BatchNormMonitor(BatchNormCallback):
             time, where another training has written there. One that resumes goes on in
             its own. The heat map of lags needs Pillow, which newer versions of
             TensorBoard bring along.
-        update_freq: How often to write charts besides each epoch's end: `"auto"`, as
-            often as takes a few thousandths of the time; `"batch"`, or a number
-            of batches, whatever it costs. The averages are read at least as often
-            as their momentum makes sensible.
-        threshold: Lag, in standard deviations, above which something is said.
-        on_lag: `"warn"`, `"raise"` (a `BatchNormLagWarning`), or `"ignore"`.
-        probe: A sample of training data with targets, as `fit` takes them, in the
-            order of training: `(x, y)` of some hundred examples (of data in groups a
-            few whole groups); or the dataset itself, whose first batches are kept,
-            about 512 examples. At each epoch's end the model's loss on it is measured
-            in inference mode, with batch statistics, and with the statistics of the
-            sample itself. The three decide whether anything is wrong at all, and
+        update_freq: How often to write charts besides each epoch's end: `"auto"`, the
+            default, as often as takes a few thousandths of the time; `"batch"`, or a
+            number of batches, whatever it costs. The averages are read at least as
+            often as their momentum makes sensible.
+        threshold: Lag, in standard deviations, above which something is said; 0.2 by
+            default.
+        on_lag: `"warn"`, the default; `"raise"` (a `BatchNormLagWarning`), or
+            `"ignore"`.
+        probe: A sample of training data with targets, as `fit` takes them, in the order
+            of training: `(x, y)` of some hundred examples (of data in groups a few
+            whole groups); or the dataset itself, whose first batches are kept, about
+            512 examples; none by default. At each epoch's end the model's loss on it is
+            measured in inference mode, with batch statistics, and with the statistics
+            of the sample itself. The three decide whether anything is wrong at all, and
             whether recalibrating would cure it.
         layers: Which layers, as `recalibrate` takes them; all by default.
-        verbose: 1 prints the report of each epoch, below its progress bar.
-        max_charts: Layers that get charts of their own in TensorBoard, at most: those
-            that lag most. The others are in the summary and in the heat map.
+        verbose: 0, the default, is silent; 1, and `"auto"`, print the report of each
+            epoch, below its progress bar.
+        max_charts: Layers that get charts of their own in TensorBoard, at most, 12 by
+            default: those that lag most. The others are in the summary and in the heat
+            map.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first. Its `episodes` say
@@ -115,12 +119,12 @@ class BatchNormMonitor(BatchNormCallback):
     def __init__(
         self,
         log_dir: str | os.PathLike[str] | None = None,
-        update_freq: int | str = "auto",
+        update_freq: int | Literal["auto", "batch"] = "auto",
         threshold: float = DEFAULT_THRESHOLD,
-        on_lag: str = "warn",
+        on_lag: Literal["warn", "raise", "ignore"] = "warn",
         probe: Any = None,
         layers: LayerSelection = None,
-        verbose: int = 0,
+        verbose: int | Literal["auto"] = 0,
         max_charts: int = MAX_CHARTS,
     ) -> None:
         super().__init__()

@@ -44,16 +44,16 @@ class RecalibrateBatchNorm(BatchNormCallback):
             0.01, and for a tenth of an epoch at most; when training ends, all data.
             Arrays and `PyDataset`s are read in random order; datasets and generators
             must be in no order, or a part of them is no sample of all.
-        refine: As in `recalibrate`.
-        dropout: As in `recalibrate`.
-        layers: As in `recalibrate`.
-        validation_data: As in `recalibrate`.
-        when: `"train_end"`: once, when training ends, after optimizers have put
-            averaged weights in. `"validation"`: for each validation too; after it
-            the moving averages are put back and go on undisturbed. `"epoch_end"`: at
+        refine: As in `recalibrate`; `"auto"` by default.
+        dropout: As in `recalibrate`; `False` by default.
+        layers: As in `recalibrate`; by default those that `fit` updates.
+        validation_data: As in `recalibrate`; none by default.
+        when: `"train_end"`, the default: once, when training ends, after optimizers
+            have put averaged weights in. `"validation"`: for each validation too; after
+            it the moving averages are put back and go on undisturbed. `"epoch_end"`: at
             each epoch's end, after validation, so that checkpoints hold the new
             statistics, and once more when training ends.
-        verbose: 1 shows progress and results.
+        verbose: 0, the default, is silent; 1, and `"auto"`, show progress and results.
 
     Attributes:
         report: The last `RecalibrationReport`; None before the first.
@@ -91,7 +91,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
         layers: LayerSelection = None,
         validation_data: Any = None,
         when: Literal["train_end", "validation", "epoch_end"] = "train_end",
-        verbose: int = 0,
+        verbose: int | Literal["auto"] = 0,
     ) -> None:
         super().__init__()
         if not is_word(when, "train_end", "validation", "epoch_end"):

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import os
 import sys
 import traceback
@@ -16,9 +15,10 @@ from bn_callbacks.cli.ending import (
     lenient_streams,
     say,
 )
-from bn_callbacks.cli.errors import one_line
+from bn_callbacks.cli.errors import CommandError, one_line, with_options
 from bn_callbacks.cli.options import parse
 from bn_callbacks.cli.paths import check_paths
+from bn_callbacks.installing import import_with_advice
 
 ERROR = 2
 INTERRUPTED = 130
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
         check_paths(options)
         with _one_line_warnings(), _quiet_stdout(options):
             _import_tensorflow(options.debug)
-            command = importlib.import_module(f"{__name__}.{options.command}")
+            command = import_with_advice(f"{__name__}.{options.command}")
             status: int = command.run(options)
     except KeyboardInterrupt:
         return _stopped(options, "interrupted", INTERRUPTED)
@@ -72,6 +72,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.debug:
             traceback.print_exc()
         text = one_line(error)
+        if not isinstance(error, CommandError):  # It is the library's own.
+            text = with_options(text, bool(getattr(options, "validation", None)))
         if options.written:
             say(f"{options.written[-1]} was written. After that: {text}")
             return 0
@@ -99,7 +101,7 @@ def _quiet_stdout(options: argparse.Namespace) -> Any:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any) -> None:
-        say(f"note: {' '.join(str(message).split())}")
+        say(f"note: {with_options(' '.join(str(message).split()))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
@@ -116,7 +118,7 @@ def _import_tensorflow(is_loud: bool) -> None:
     with open(os.devnull, "w", encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
-        importlib.import_module("tensorflow")
+        import_with_advice("tensorflow")
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

@@ -2,10 +2,12 @@
 
 import re
 
+from bn_callbacks.installing import NotInstalledError
+
 LONGEST = 1000
 """Characters of a line; what Keras says may be pages."""
 
-EXPECTED = (OSError, RuntimeError, TypeError, ValueError)
+EXPECTED = (NotInstalledError, OSError, RuntimeError, TypeError, ValueError)
 """What the library, Keras and the operating system raise with a message for users."""
 
 # By the names of their classes, since TensorFlow may not be there yet.
@@ -23,6 +25,22 @@ _NOISE = re.compile(
     r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:\w+\]( name:)?|Traceback \(most recent .*",
     re.DOTALL,
 )
+
+
+OPTIONS = {
+    "batch_size": "--batch-size",
+    "dropout": "--dropout",
+    "layers": "--layers",
+    "refine": "--refine",
+    "steps": "--steps",
+    "tolerance": "--tolerance",
+    "validation_data": "--validation",
+    "x": "--data",
+}
+"""Arguments of the library's functions -> the options that pass them on."""
+
+_ARGUMENT = re.compile(rf"`({'|'.join(OPTIONS)})`")
+_ASSIGNED = re.compile(rf"\b({'|'.join(OPTIONS)})=(?:\['([^']*)'\]|([\w'./-]*\w'?))")
 
 
 class CommandError(RuntimeError):
@@ -43,6 +61,32 @@ def one_line(error: BaseException) -> str:
         return REMEDIES[kind].format(text_of(error))
     text = f"{kind}: {text_of(error)}".rstrip(": ")
     return f"{text}. Run it again with --debug for a traceback."
+
+
+def with_options(text: str, has_validation: bool = False) -> str:
+    """A message of the library, with options in place of arguments.
+
+    Args:
+        text: The message.
+        has_validation: Whether there are data to validate with, which the library
+            calls `x` as well where it reads them.
+
+    Examples:
+        >>> with_options("`x` ran out of data. Received: steps=9. Pass fewer `steps`.")
+        '--data ran out of data. Received: --steps 9. Pass fewer --steps.'
+        >>> with_options("Name them, as in layers=['bn'], or leave batch_size out.")
+        'Name them, as in --layers bn, or leave --batch-size out.'
+    """
+    names = {**OPTIONS, "x": "--data or --validation"} if has_validation else OPTIONS
+
+    def assigned(match: re.Match[str]) -> str:
+        name, one, other = match.groups()
+        value = one if one is not None else other.strip("'")
+        return f"no {names[name]}" if value == "None" else f"{names[name]} {value}"
+
+    text = _ASSIGNED.sub(assigned, _ARGUMENT.sub(lambda m: names[m[1]], text))
+    text = text.replace("batch_size", names["batch_size"])
+    return text.replace("Pass (x, y)", "Pass data with targets")
 
 
 def _joined(error: BaseException) -> str:

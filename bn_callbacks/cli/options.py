@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from bn_callbacks.names import printable
+from bn_callbacks.version import __version__
 
 DEMO_EPOCHS = 5
 WIDTH = 79
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
             "\n  bn-callbacks export model.keras --data train.npz --output serving/1"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     debug, model, data, recalibration = _debug(), _model(), _data(), _recalibration()

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from bn_callbacks.cli.errors import with_options
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.patching import SavedStatistics
 from bn_callbacks.cli.sources import open_data
@@ -66,7 +67,7 @@ def recalibrate(
     if not options.json:
         before = f"Before:\n\n{report.before}\n"
         # With the bar, the report itself is printed at its end.
-        print(before if shows_bar else f"\n{before}\n{report}")
+        print(before if shows_bar else f"\n{before}\n{with_options(str(report))}")
     return report, batches
 
 

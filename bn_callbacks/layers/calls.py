@@ -1,15 +1,16 @@
-"""How often one training step calls each BN layer: seen, not assumed.
+"""How often one training step calls each BN layer: observed, not assumed.
 
-A graph of layers tells it, a `train_step` of one's own does not: SimCLR calls its
-encoder on two views, a GAN its discriminator on two kinds of pictures. So the layers
-are watched while the first step of a training is traced (or run, where it is not
-traced). The watching changes nothing that is computed.
+In a graph of layers the calls can be counted, in a custom `train_step` they cannot:
+SimCLR calls its encoder on two views, a GAN its discriminator on two kinds of pictures.
+So the layers are watched while the first step of a training is traced (or run, where it
+is not traced). Watching them changes nothing that is computed.
 """
 
+import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -77,7 +78,7 @@ class CallWatch:
             listeners.append(self)
 
     def end(self, steps: int) -> None:
-        """Ends it, and remembers what was seen for the next training.
+        """Stops watching, and keeps what was seen for the next training.
 
         Args:
             steps: Steps that were made in between.
@@ -111,10 +112,12 @@ class CallWatch:
 
     def note(self, layer: keras.layers.Layer, is_update: bool) -> None:
         """Counts a call of the layer, or an update of its statistics."""
+        if getattr(_own, "is_calling", False):
+            return
         graphs = _graphs()
         root = next((each for each in graphs if each.name == STEP), None)
         if root is None:
-            # Of other threads, only replicas of a step of `fit` are its business.
+            # Calls from other threads count only if they are replicas of `fit`.
             if threading.current_thread() is not self._thread:
                 return
             root = graphs[-1] if graphs else None
@@ -129,13 +132,29 @@ class CallWatch:
                     del self._tallies[each]
             self._tallies[key] = tally = _Tally(root)
         (tally.updated if is_update else tally.called)[layer] += 1
-        # Inside a loop, or a function traced once and run often, one is not one.
+        # In a loop, or a function run often, one traced update is several.
         if is_update and graphs and graphs[0] is not root:
             tally.unsure.add(layer)
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, this library calls the model, which is no step of anybody's training."""
+    before = getattr(_own, "is_calling", False)
+    _own.is_calling = True
+    try:
+        yield
+    finally:
+        _own.is_calling = before
+
+
+_own = threading.local()
+
 _listeners: WeakKeyDictionary[keras.layers.Layer, list[CallWatch]] = WeakKeyDictionary()
 _NAMES = {"call": False, "_moments": True}
+
+COUNTING = "is_counting"
+"""Marks what stands in for a method to count its calls, and changes nothing in them."""
 
 
 def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
@@ -148,7 +167,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
                 each.note(layer, is_update)
             return own(*args, **kwargs)
 
-        counted.is_counting = True  # type: ignore[attr-defined]
+        setattr(counted, COUNTING, True)
         return counted
 
     for name, is_update in _NAMES.items():
@@ -158,7 +177,7 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
 
 def _restore(layer: keras.layers.Layer) -> None:
     for name in _NAMES:
-        if hasattr(vars(layer).get(name), "is_counting"):
+        if hasattr(vars(layer).get(name), COUNTING):
             del vars(layer)[name]
 
 
@@ -183,8 +202,8 @@ _seen: WeakKeyDictionary[keras.Model, tuple[Any, _Tally]] = WeakKeyDictionary()
 def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls]:
     """What a training step does with each layer, as far as it was seen.
 
-    Where it was not, since the step had been traced before, a graph of layers tells
-    how often it calls each; a `train_step` of one's own leaves it unknown.
+    If it was not seen, as the step had been traced before, the calls are counted in the
+    graph of layers; with a custom `train_step` they are unknown.
     """
     function, tally = _seen.get(model, (None, None))
     current = getattr(model, "train_function", None)

@@ -77,8 +77,8 @@ class LossMetric:
     def examples(self) -> float | None:
         """Examples since the epoch began.
 
-        None where it cannot be known: Keras before 3.3 counts batches, a model with
-        its own `train_step` nothing.
+        None where it cannot be known: Keras before 3.3 counts batches, and a model with
+        its own `train_step` may count nothing.
         """
         if self._loss is None:
             return None
@@ -96,13 +96,14 @@ SAMPLED_VALUES = 256
 
 REPLACED = 0.01
 """Relative change from which weights count as replaced: averages of weights that rest
-differ by thousandths, and do no harm."""
+differ by a ten-thousandth and do no harm, those of weights that move by a tenth
+(tests/benchmarks/limits.py)."""
 
 
 class Fingerprint:
     """Tells whether the weights of a model have been replaced.
 
-    Whoever averages or restores weights does it to all, so a sample of them will do.
+    A few weights suffice, since averaging or restoring changes all of them.
 
     Args:
         model: The model.

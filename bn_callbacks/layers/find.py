@@ -266,7 +266,7 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
 
     Returns:
         The layers found; an empty list where the model has no BN layer. Layers that
-        a built model never uses, and so never builds, are none.
+        a built model never uses have no statistics, and are left out.
 
     Raises:
         ValueError: The model is not built, or `layers` selects nothing.
@@ -289,7 +289,7 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
         # Keras before 3.3 gives paths to variables only.
         path = getattr(layer, "path", None)
         path = path or layer.moving_mean.path.rpartition("/")[0] or layer.name
-        # A name may come from a stranger's file, and ends in tables and messages.
+        # A name may come from a stranger's file, and is shown in tables and messages.
         path = printable(path)
         seen[path] += 1
         if seen[path] > 1:

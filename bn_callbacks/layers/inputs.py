@@ -57,7 +57,7 @@ def _as_built(model: keras.Model) -> InputLayout | None:
         names = [f"x_{i}" for i in range(len(shapes))] if len(shapes) > 1 else ["x"]
     if not all(map(is_shape, shapes)):
         return None
-    # Of a subclassed model Keras keeps the shape of the very batch it was built on.
+    # For a subclassed model, Keras keeps the shape of the batch it was built on.
     return InputLayout(
         tuple(names),
         tuple((None, *shape[1:]) for shape in shapes),

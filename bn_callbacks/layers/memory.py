@@ -1,10 +1,11 @@
-"""What is remembered about a model between calls, and goes when the model goes."""
+"""What is kept for a model between calls, and is freed with the model."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import keras
 
+from bn_callbacks.layers.calls import COUNTING
 from bn_callbacks.layers.find import BatchNormLayer
 
 _NAME = "bn_callbacks_memory"
@@ -12,7 +13,7 @@ _NAME = "bn_callbacks_memory"
 KEPT = 4
 """Things remembered for a model, at most."""
 
-# Attributes that come and go while a model is used, and change nothing in a call.
+# Attributes that change while a model is used, without changing what a call computes.
 _PASSING = {
     "_call_context_args",
     "_called",
@@ -65,7 +66,7 @@ def _attributes(layer: keras.layers.Layer) -> dict[str, "str | _Same"]:
     return {
         name: repr(value) if isinstance(value, plain) else _Same(value)
         for name, value in vars(layer).items()
-        if name not in _PASSING
+        if name not in _PASSING and not hasattr(value, COUNTING)
     }
 
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.losses import loss as _loss
 
+from bn_callbacks.layers.calls import unheard
 from bn_callbacks.layers.facts import pinned_in_graph
 from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction, nodes_of
 
@@ -62,7 +63,8 @@ def runs_in_training_mode(
         with stateless(model):
             forward(model, x, training=True)
 
-    with _replacing, _attributes({bn.layer: observe(bn) for bn in layers}):
+    observed = {bn.layer: observe(bn) for bn in layers}
+    with _replacing, unheard(), _attributes(observed):
         symbolic.get_concrete_function(inputs)
     return [asks.get(bn) for bn in layers]
 
@@ -110,7 +112,7 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
             augmentation draw anew. As no seed advances, they draw the same each
             time without it.
     """
-    # Keras wants the current values of what it regularises spelt out.
+    # Keras finds values to regularise only where the scope maps them.
     mapping = [
         (variable, variable.value)
         for variable in model.trainable_variables
@@ -127,7 +129,7 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
 
 
 def forget_penalties() -> None:
-    """Inside `stateless`: what layers have added to the loss so far does not count."""
+    """Inside `stateless`: drops what layers have added to the loss so far."""
     get_stateless_scope().losses.clear()
 
 
@@ -234,7 +236,7 @@ def batch_mode(
             }
             if bn.renorm:
                 changes[bn.layer]["renorm"] = False
-        with _attributes(changes):
+        with unheard(), _attributes(changes):
             yield
 
 

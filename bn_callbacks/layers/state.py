@@ -36,7 +36,7 @@ def read_replicas(
 ) -> list[list[Statistics]]:
     """What each replica of all workers stores for each layer; empty for one replica.
 
-    For renormalising layers as `statistics` has it.
+    For renormalising layers, as `BatchNormLayer.statistics` converts them.
     """
     reader = Reader(model, layers)
     if reader.team.size == 1:
@@ -115,7 +115,7 @@ _new_version = itertools.count(1)
 
 
 def versions(layers: Sequence[BatchNormLayer]) -> list[int]:
-    """Changes with every `assign` to a layer, and back with `restore`."""
+    """A number for each layer: `assign` changes it, `restore` changes it back."""
     return [_versions.get(bn.layer, 0) for bn in layers]
 
 

@@ -84,6 +84,7 @@ def consistent(
     limit: float = RESIDUAL_LIMIT,
     until: Callable[[], Until] | None = None,
     most: int | None = None,
+    passes: int | None = None,
     progress: Progress,
 ) -> Solution:
     """Finds the statistics that inference sees.
@@ -96,6 +97,8 @@ def consistent(
         until: Ends the first pass early; the others read as much.
         most: Examples in the sample at most, which is then the beginning of the data;
             None for as many as memory allows, from all data.
+        passes: Passes at most, however far from the solution; by default some more
+            than there are layers, which is enough.
         progress: Shows the passes.
 
     Returns:
@@ -116,7 +119,7 @@ def consistent(
         given = storable(layers, first.moments, old)
     best = origin = None
     is_corrected = False
-    while progress.passes < len(layers) + EXTRA_PASSES:
+    while progress.passes < (passes or len(layers) + EXTRA_PASSES):
         progress.begin("correcting" if best else "measuring")
         measured = _read(
             population,

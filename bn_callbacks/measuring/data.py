@@ -113,6 +113,8 @@ class Batches:
         """The first batch, read once however often it is looked at."""
         if self._first is None:
             self._first = next(iter(self))
+            if isinstance(self._source, _Indexed):
+                self._source.spare[self.number(0)] = self._first
         return self._first
 
     def sample(self, size: int) -> Batch | None:
@@ -433,10 +435,16 @@ def _cut(array: Any, part: Any) -> Any:
 
 
 class _Indexed:
-    """A PyDataset, read without its epoch hooks."""
+    """A PyDataset, read without its epoch hooks.
+
+    Attributes:
+        spare: Batches that have been looked at, by number, which the next reading
+            need not read again: a PyDataset may be slow.
+    """
 
     def __init__(self, dataset: keras.utils.PyDataset) -> None:
         self._dataset = dataset
+        self.spare: dict[int, Batch] = {}
 
     def __iter__(self) -> Iterator[Any]:
         size = _num_batches(self._dataset)
@@ -444,7 +452,7 @@ class _Indexed:
         return map(self.__getitem__, indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self._dataset[index]
+        return self.spare.pop(index) if index in self.spare else self._dataset[index]
 
 
 class _Distributed:

@@ -20,12 +20,10 @@ class LayerInput:
     """One layer's input: how to look at it, and what to normalise it with."""
 
     def __init__(
-        self, bn: BatchNormLayer, index: int, replicas: int, start: int, is_fast: bool
+        self, bn: BatchNormLayer, index: int, replicas: int, is_fast: bool
     ) -> None:
-        size = bn.channels
         self.bn = bn
         self._index = index
-        self._slice = slice(start, start + size)
         self._is_fast = is_fast
         stored = read([bn])[0].mean
         self._pilot = np.where(np.isfinite(stored), stored, 0.0)
@@ -34,14 +32,14 @@ class LayerInput:
 
     def _mixed(self, mix: Any, mean: Any, variance: Any, dtype: Any) -> tuple[Any, Any]:
         """Mean and variance to normalise with."""
-        weight, shift, ratio, offset = tf.unstack(mix[:, self._slice])
-        # NaN in a batch is not to reach what is given.
-        mean = tf.math.multiply_no_nan(tf.cast(mean, tf.float64), weight) + shift
-        variance = tf.math.multiply_no_nan(tf.cast(variance, tf.float64), ratio)
-        variance += offset
+        size = self.bn.channels
+        mean, variance, is_stored = _mixed(
+            mix, tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
+        )
+        mean, variance = (tf.ensure_shape(each, [size]) for each in (mean, variance))
         if self.bn.has_floor:
             variance = tf.maximum(variance, self.bn.floor(mean))
-        return self.bn.as_read(mean, variance, dtype, is_stored=weight[0] == 0)
+        return self.bn.as_read(mean, variance, dtype, is_stored)
 
     def moments(self, x: Any, mask: Any, mix: Any, note: Note) -> tuple[Any, Any]:
         """Stands in for `layer._moments`: notes, and returns what to normalise with."""
@@ -74,9 +72,8 @@ class LayerInput:
         _, mean, unbiased = fused(
             x, gamma, beta, epsilon=layer.epsilon, is_training=True
         )
-        count = tf.cast(tf.size(x) // size, tf.float32)
-        note(self._index, (count[None], mean, unbiased), is_unbiased=True)
-        variance = unbiased * ((count - 1) / tf.maximum(count, 1))
+        counts, variance = _biased(tf.size(x), unbiased)
+        note(self._index, (counts, mean, unbiased), is_unbiased=True)
         mean, variance = self._mixed(mix, mean, variance, x.dtype)
         outputs, _, _ = fused(
             x,
@@ -119,6 +116,36 @@ class LayerInput:
             sums.assign(tf.zeros_like(sums))
             taken.append(Moments.from_sums(count, self._pilot, first, second))
         return taken
+
+
+# Functions of their own are traced once, and not in each layer of each model: of many
+# small operations, that takes longer than a pass over a few batches.
+
+
+@tf.function(
+    input_signature=[
+        tf.TensorSpec([4, None], tf.float64),
+        *[tf.TensorSpec([None], tf.float64)] * 2,
+    ],
+    autograph=False,
+)
+def _mixed(mix: Any, mean: Any, variance: Any) -> tuple[Any, Any, Any]:
+    """Mean and variance as a `Mix` wants them, and whether they are given ones."""
+    weight, shift, ratio, offset = tf.unstack(mix)
+    # NaN in a batch is not to reach what is given.
+    mean = tf.math.multiply_no_nan(mean, weight) + shift
+    variance = tf.math.multiply_no_nan(variance, ratio) + offset
+    return mean, variance, weight[0] == 0
+
+
+@tf.function(
+    input_signature=[tf.TensorSpec([], tf.int32), tf.TensorSpec([None], tf.float32)],
+    autograph=False,
+)
+def _biased(values: Any, unbiased: Any) -> tuple[Any, Any]:
+    """The number of values of a channel, and their biased variance."""
+    count = tf.cast(values // tf.size(unbiased), tf.float32)
+    return count[None], unbiased * ((count - 1) / tf.maximum(count, 1))
 
 
 # cuDNN's kernel takes no smaller epsilon; that of a CPU does (measured).

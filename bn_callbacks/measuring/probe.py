@@ -22,7 +22,13 @@ from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter
 
 SOLVED = 0.01
-"""Residual, in standard deviations, up to which R is taken to be that."""
+"""Residual, in standard deviations, up to which R is taken to be that: a millionth is
+left where each layer is called once (tests/benchmarks/limits.py)."""
+
+MOST_PASSES = 4
+"""Passes at most to find the statistics of R, where the examples do not solve
+themselves in one: a monitor measures at each epoch's end, and where R costs more than B
+and I, it has its limit here (docs/benchmarks.md)."""
 
 SAMPLE = 512
 """Examples of a dataset that make a probe: its first batches, in their order."""
@@ -41,6 +47,13 @@ class Reading:
     losses: Losses
     inferred: dict[BatchNormLayer, Statistics]
     scatter: dict[BatchNormLayer, Scatter | None]
+
+    def design_effect(self, bn: BatchNormLayer) -> float | None:
+        """How much more a layer's batches differ than random ones of their size."""
+        found = self.scatter.get(bn)
+        if found is None:
+            return None
+        return found.mean * max(float(self.losses.weights.mean()) - 1, 0.0)
 
 
 class EachBatch:
@@ -210,7 +223,9 @@ def _consistent_losses(
             return measured.losses[:, 0]
     try:
         progress = Progress(False, batches.length)
-        given = consistent(solver, batches, start, progress=progress).statistics
+        given = consistent(
+            solver, batches, start, limit=SOLVED, passes=MOST_PASSES, progress=progress
+        ).statistics
     except ValueError:
         return np.zeros(0)
     return population.measure(batches, given).losses[:, 0]

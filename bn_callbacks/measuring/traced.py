@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from bn_callbacks.distribution import Team
@@ -47,7 +46,7 @@ class _Made(NamedTuple):
 
     structure: Any
     function: Any
-    graph: Any
+    bytes_of_example: float
 
 
 FORMS = 4
@@ -59,7 +58,7 @@ class _Trace(threading.local):
 
     graph: Any
     replica: int
-    mix: Any
+    mixes: dict[BatchNormLayer, Any]
     entries: list[Entry]
     seen: list[Seen]
 
@@ -105,10 +104,9 @@ class Traced:
         self._dropout = dropout
         self._loss = loss
         self._penalties = penalties
-        ends = np.cumsum([0, *(bn.channels for bn in layers)])
         self._inputs = [
-            LayerInput(bn, index, team.replicas, start, is_fast)
-            for index, (bn, start) in enumerate(zip(layers, ends, strict=False))
+            LayerInput(bn, index, team.replicas, is_fast)
+            for index, bn in enumerate(layers)
         ]
         self._begins = True
         self._made: dict[str, _Made] = {}
@@ -169,7 +167,8 @@ class Traced:
             concrete = function.get_concrete_function(
                 mix, self._salt(0), *tf.nest.flatten(specs)
             )
-            self._made[form] = _Made(structure, function, concrete.graph)
+            memory = bytes_of_example(concrete.graph, tf.nest.flatten(used[0][0]))
+            self._made[form] = _Made(structure, function, memory)
             while len(self._made) > FORMS:
                 del self._made[next(iter(self._made))]
         self._now = self._made[form]
@@ -185,7 +184,7 @@ class Traced:
     def bytes_of_example(self, batch: Batch, mix: Any) -> float:
         """Memory that one example more in a batch takes at its widest."""
         self._trace(self._used([batch] * self._team.replicas), mix)
-        return bytes_of_example(self._now.graph, tf.nest.flatten(batch[0]))
+        return float(self._now.bytes_of_example)
 
     def take_late(self) -> dict[int, list[Moments]]:
         """What was seen inside loops and branches since the last call, by replica."""
@@ -208,14 +207,17 @@ class Traced:
                 self._inputs[index].add_late(one, is_unbiased, trace.replica)
 
         def moments(bn: BatchNormLayer) -> Any:
-            return lambda x, mask: inputs[bn].moments(x, mask, trace.mix, note)
+            return lambda x, mask: inputs[bn].moments(x, mask, trace.mixes[bn], note)
 
         def whole(bn: BatchNormLayer) -> Any:
-            return lambda x, mask: inputs[bn].whole(x, mask, trace.mix, note)
+            return lambda x, mask: inputs[bn].whole(x, mask, trace.mixes[bn], note)
 
         def on_replica(replica: int, batch: Batch, mix: Any, salt: Any) -> Any:
             trace.graph = tf.compat.v1.get_default_graph()
-            trace.replica, trace.mix = replica, mix
+            sizes = [bn.channels for bn in self.layers]
+            mixes = tf.split(mix, sizes, axis=1) if sizes else []
+            trace.mixes = dict(zip(self.layers, mixes, strict=True))
+            trace.replica = replica
             trace.entries, trace.seen = [], []
             with stateless(self._model, None if salt is None else salt + replica):
                 outputs = forward(self._model, batch[0], training=self._dropout)

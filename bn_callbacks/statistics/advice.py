@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from bn_callbacks.statistics.causes import (
+    BATCH_DEPENDENT,
     CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,
@@ -124,12 +125,9 @@ def _noisy(seen: Evidence, measured: Measured, momentum: float | None) -> str:
 
 
 def _correlated(seen: Evidence, measured: Measured, momentum: float | None) -> str:
-    if seen.family is Family.BATCHES:
-        scatter = _scatter(seen, measured) or (
-            ": no fixed statistics do for all of them what each does with its own"
-        )
-    else:
-        scatter = _scatter(seen, measured)
+    scatter = _scatter(seen, measured)
+    if seen.family is Family.BATCHES and not scatter:
+        scatter = ": no fixed statistics do for all of them what each does with its own"
     return (
         f"Batches are no random sample{scatter}. Shuffle the examples before batching "
         "(padding, and examples that only fill a batch, count too: pass a mask, or "
@@ -212,6 +210,14 @@ _PLAIN_ADVICE = {
         "Rare extreme examples dominate the variance, which differs wildly from "
         "batch to batch (a column that is hardly ever other than 0 does the same). "
         "Clean, clip or regroup the data; recalibrate only then."
+    ),
+    BATCH_DEPENDENT: (
+        "With the statistics of its own batch the model does what it cannot do with "
+        "any fixed ones, and nothing shows why: batches differ no more than random "
+        "ones, or their size is not known. Try whether shuffled or larger batches, or "
+        "a layer for each kind of input, close the gap; targets that depend on the "
+        "other examples of a batch keep it open. Recalibrating helps in part, or "
+        "harms: let it measure (`recalibrate(model, x, validation_data=...)`)."
     ),
     MIXED_CALLS: (
         "One step calls the layer several times on inputs with different statistics, "

@@ -1,4 +1,4 @@
-"""The vocabulary of diagnosis: what may be wrong with a layer (DESIGN)."""
+"""The vocabulary of diagnosis: what may be wrong with a layer (docs/causes.md)."""
 
 HEALTHY = "healthy"
 WARMING_UP = "warming_up"
@@ -16,4 +16,5 @@ OUTLIERS = "outliers"
 NON_FINITE = "non_finite"
 REPLICAS_DIFFER = "replicas_differ"
 STALE = "stale"
+BATCH_DEPENDENT = "batch_dependent"
 RESCALED_INPUTS = "rescaled_inputs"

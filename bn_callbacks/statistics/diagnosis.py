@@ -1,8 +1,9 @@
 """From what was seen of one layer to the cause of its lag.
 
 The losses, where they are known, decide from which family a cause may come (`FAMILIES`
-in `losses.py`); the rules below name one that is seen at work; where the statistics are
-stale and nothing shows how that came, the cause is `stale`.
+in `losses.py`); the rules below name one that is seen at work. What the losses prove,
+though nothing shows how it came, is `stale` where recalibrating cures, and
+`batch_dependent` where no fixed statistics will do.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 
 from bn_callbacks.statistics.advice import advise, suggested_momentum
 from bn_callbacks.statistics.causes import (
+    BATCH_DEPENDENT,
     CORRELATED_BATCHES,
     DRIFTING,
     HEALTHY,
@@ -47,16 +49,24 @@ STATISTICAL = (WARMING_UP, NOISY, DRIFTING, STALE)
 DATA_CAUSES = (TINY_BATCH, OUTLIERS, CORRELATED_BATCHES)
 """Causes that lie in the batches, and so reach every layer."""
 
+# tests/benchmarks/limits.py measures what the limits lie between; docs/benchmarks.md
+# has the figures.
+
 PROVEN = 0.25
 """Share of the threshold that a mechanism must reach to explain a proven gap."""
 
 DESIGN_LIMIT = 7.0
 """Design effect that proves grouped batches: random ones have 1, drift has reached
-4.6, grouped ones began at 12 (CAUSES); this is the geometric middle of the latter."""
+4.6, grouped ones began at 12; this is the geometric middle of the latter."""
+
+APART_LIMIT = 2.5
+"""Design effect that shows grouped batches where the losses have proven that no fixed
+statistics will do, which drift does not bring about: random batches reach 2.5 at
+most."""
 
 VARIATION_LIMIT = 3.0
-"""Variation of batch variances that outliers cause: 7 with outliers, at most 1.4
-elsewhere (CAUSES); this is the geometric middle."""
+"""Variation of batch variances that outliers cause: 7 with outliers, at most 1.5
+elsewhere; this is the geometric middle."""
 
 DOMINANCE_LIMIT = 20.0
 """Largest batch variance over a usual one that outliers cause: recordings whose
@@ -114,8 +124,8 @@ def diagnose_model(evidence: Sequence[Evidence]) -> list[Diagnosis]:
     """Diagnoses all layers of a model, each in the light of the others.
 
     Bad batches reach every layer, where they look like noise or drift: such findings
-    take the cause that another layer proves. And where the losses prove that the
-    statistics are stale, though no layer shows how that came, they are called so.
+    take the cause that another layer proves. And where the losses prove something,
+    though no layer shows how that came, that is what is said, and no more.
 
     Args:
         evidence: What was seen of each layer.
@@ -175,8 +185,9 @@ def _unexplained(
     """What the losses alone prove, where no layer shows its cause.
 
     Stale statistics are stale: of the layers that training updates, those that are
-    farthest from what they should be. Where fixed statistics cannot do what those of
-    batches do, batches of more than a few examples are no random sample.
+    farthest from what they should be. Where no fixed statistics can do what those of
+    batches do, and these differ more than random ones, they are no random sample; if
+    they do not, the model depends on its batches, and why is not known.
     """
     sizes = [
         max(one.figures.residual or 0.0, one.figures.lag or 0.0)
@@ -185,12 +196,22 @@ def _unexplained(
         for seen, one in zip(evidence, measured, strict=True)
     ]
     farthest = max(sizes, default=-1.0)
+    is_apart = any(map(_is_apart, evidence, measured))
+    named = {
+        Family.STALE: STALE,
+        Family.BATCHES: CORRELATED_BATCHES if is_apart else BATCH_DEPENDENT,
+    }
     causes = []
     for seen, size in zip(evidence, sizes, strict=True):
         is_meant = size >= max(farthest / 2, 0.0)
-        named = {Family.STALE: STALE, Family.BATCHES: CORRELATED_BATCHES}
         causes.append(named.get(seen.family, HEALTHY) if is_meant else HEALTHY)
     return causes
+
+
+def _is_apart(seen: Evidence, measured: Measured) -> bool:
+    """Whether batches differ more than random ones."""
+    effects = (measured.figures.design_effect, seen.probe_effect)
+    return max(effect or 0.0 for effect in effects) > APART_LIMIT
 
 
 def _part(measured: Measured, cause: str) -> float:
@@ -339,7 +360,9 @@ def _dominant(cause: str) -> Rule:
 
 
 SEEN = 4.0
-"""How many times a seen error a distance may be for that error to explain it."""
+"""How many times a seen error a distance may be for that error to explain it: it is 1
+where the start or drift is the cause, and far more where an average is off though
+nothing moves (tests/benchmarks/limits.py)."""
 
 
 def _rest(seen: Evidence, measured: Measured) -> bool:

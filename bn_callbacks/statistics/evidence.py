@@ -64,6 +64,8 @@ class Evidence:
         has_mixed_calls: Whether one step calls the layer several times.
         are_weights_replaced: Whether weights changed after the last update.
         is_grouped: Whether batches have been proven to be no random sample before.
+        probe_effect: Design effect of the batches of a probe, through which the weights
+            do not move, and whose sizes are known.
         family: What the losses of the model prove.
         threshold: Lag above which something is said.
     """
@@ -98,6 +100,7 @@ class Evidence:
     has_mixed_calls: bool = False
     are_weights_replaced: bool = False
     is_grouped: bool = False
+    probe_effect: float | None = None
     family: Family = Family.UNKNOWN
     threshold: float = DEFAULT_THRESHOLD
 
@@ -229,7 +232,9 @@ def measure(seen: Evidence) -> Measured:
 
 DRIFT_SHARE = 0.25
 """Share of an unexplained distance that the seen drift of the batches must account for
-to be its cause. The estimate is a rough one: it comes from at most 16 windows."""
+to be its cause. The estimate is a rough one, as it comes from at most 16 windows: it
+was about all of the distance where weights moved, and little of it where windows were
+at rest (tests/benchmarks/limits.py)."""
 
 
 def _explained(
@@ -326,7 +331,9 @@ def _variance_of_means(seen: Evidence, stream: Stream | None) -> float | None:
 
 
 CORRECTED = 4.0
-"""How many times the variance that a few batches have shown windows may show."""
+"""How many times the variance that a few batches have shown windows may show: of
+grouped batches they show less, of weights that leap hundreds of times as much
+(tests/benchmarks/limits.py)."""
 
 
 def _disagreement(seen: Evidence) -> float | None:
@@ -342,7 +349,8 @@ def _ordered(seen: Evidence) -> float:
 
 
 ALIKE = 0.05
-"""Relative spread up to which the channels' ratios are one factor."""
+"""Relative spread up to which the channels' ratios are one factor: twice what chance
+makes of one (tests/benchmarks/limits.py)."""
 
 FEW_CHANNELS = 4
 """With fewer channels, equal ratios are no proof unless the means fit closely."""

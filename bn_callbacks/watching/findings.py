@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.causes import (
+    BATCH_DEPENDENT,
     CORRELATED_BATCHES,
     DRIFTING,
     INFERENCE_MODE,
@@ -32,6 +33,7 @@ TURBULENT = frozenset({DRIFTING, NOISY, STALE})
 
 UNCURABLE = frozenset(
     {
+        BATCH_DEPENDENT,
         CORRELATED_BATCHES,
         INFERENCE_MODE,
         MIXED_CALLS,
@@ -50,7 +52,7 @@ FACTS = frozenset({INFERENCE_MODE, NON_FINITE, NOT_UPDATING})
 CLEAR = 2.0
 """How many times the threshold a lag, and how many times the loss it should be that in
 inference mode, must be to be believed at the end of a training that was healthy at
-every look before."""
+every look before: healthy ones have ended with 1.4 (tests/benchmarks/limits.py)."""
 
 
 class Findings:

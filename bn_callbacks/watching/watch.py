@@ -63,11 +63,12 @@ class BatchNormWatch:
     Args:
         model: The model in training. Compiled, if there is a `probe`; its optimizer,
             where it has one, helps to count steps.
-        steps: Training steps of an epoch; None if unknown.
-        epochs: Epochs of the training.
-        probe: As `BatchNormMonitor` takes it.
+        steps: Training steps of an epoch; `None`, the default, if unknown.
+        epochs: Epochs of the training; 1 by default, `None` if unknown.
+        probe: As `BatchNormMonitor` takes it; none by default.
         layers: Which layers, as `recalibrate` takes them; all by default.
-        threshold: Lag, in standard deviations, above which something is said.
+        threshold: Lag, in standard deviations, above which something is said; 0.2 by
+            default.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
@@ -186,16 +187,12 @@ class BatchNormWatch:
         self._fingerprint = Fingerprint(self.model)
         self._weights: NDArray[np.float64] | None = None
 
-    @property
-    def has_layers(self) -> bool:
-        """Whether there is anything to watch, as far as is known."""
-        return self._windows is not None
-
     def begin_epoch(self, epoch: int | None = None) -> None:
         """An epoch begins.
 
         Args:
-            epoch: Its number, which matters where training resumes at a later one.
+            epoch: Its number, where training resumes at a later one; `None`, the
+                default, where it begins with 0.
         """
         if self._first_epoch is None:
             self._first_epoch = epoch or 0
@@ -349,8 +346,9 @@ class BatchNormWatch:
 
         Args:
             is_last: Whether training has ended; by default if all epochs have.
-            is_corrected: Whether something else corrects the statistics at the end.
-            cured: Causes that something else cures at the end.
+            is_corrected: Whether something else corrects the statistics at the end;
+                `False` by default.
+            cured: Causes that something else cures at the end; none by default.
         """
         if self.report is None:
             return []
@@ -430,8 +428,10 @@ class BatchNormWatch:
         losses = None if self._reading is None else self._reading.losses
         inferred: dict[BatchNormLayer, Statistics] = {}
         in_probe: dict[BatchNormLayer, Scatter | None] = {}
+        effects: dict[BatchNormLayer, float | None] = {}
         if self._reading is not None and self._is_fresh:
             inferred, in_probe = self._reading.inferred, self._reading.scatter
+            effects = {bn: self._reading.design_effect(bn) for bn in in_probe}
         self.evidence = [
             dataclasses.replace(
                 seen,
@@ -441,6 +441,7 @@ class BatchNormWatch:
                 inferred=inferred.get(bn),
                 scatter=larger(seen.scatter, in_probe.get(bn)),
                 is_grouped=self._proofs[bn.path] >= PROOFS,
+                probe_effect=effects.get(bn),
                 family=seen.family if losses is None else losses.family,
             )
             for bn, seen in zip(

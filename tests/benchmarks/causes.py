@@ -56,9 +56,13 @@ def wanted(case: Case) -> str:
     return (case.expected or QUIET) if case.scored else "(anything)"
 
 
+def full_name(case: Case) -> str:
+    return f"{case.build.__module__}.{case.name}"
+
+
 def print_rows(case: Case, outcomes: Sequence[Outcome | None]) -> None:
     part = "held back" if case.held_back else "tuned"
-    cells = f"{case.name:38} {part:9} {wanted(case):18}"
+    cells = f"{case.name:46} {part:9} {wanted(case):18}"
     for outcome in outcomes:
         right = outcome is not None and outcome.is_right(case)
         figures = ""
@@ -175,7 +179,9 @@ def main() -> None:
     parser.add_argument("--part", choices=["tuned", "held-back", "all"], default="all")
     parser.add_argument("--no-probe", action="store_true", help="only without a probe")
     parser.add_argument("--with-probe", action="store_true", help="only with a probe")
-    parser.add_argument("--only", help="a part of the name of a case, or a cause")
+    parser.add_argument(
+        "--only", help="a part of the name of a case or its file, or a cause"
+    )
     parser.add_argument("--truth", action="store_true", help="no monitor: is it so?")
     parser.add_argument("--verbose", action="store_true", help="print the warnings")
     parser.add_argument("--markdown", type=Path, help="the page to write this into")
@@ -184,7 +190,11 @@ def main() -> None:
         case
         for case in CASES
         if args.part in ("all", "held-back" if case.held_back else "tuned")
-        and (args.only is None or args.only in case.name or args.only == case.expected)
+        and (
+            args.only is None
+            or args.only in full_name(case)
+            or args.only == case.expected
+        )
     ]
     if args.truth:
         for case in chosen:

@@ -79,6 +79,7 @@ NETWORKS = {
     "MobileNetV2": Network(application("MobileNetV2"), images=4096),
     "MobileNetV3Large": Network(application("MobileNetV3Large")),
     "ResNet50": Network(application("ResNet50")),
+    "ResNet50-128": Network(application("ResNet50"), 96, 128, 10),
     "ResNet50V2": Network(application("ResNet50V2")),
     "DenseNet121": Network(application("DenseNet121")),
     "NASNetMobile": Network(application("NASNetMobile")),

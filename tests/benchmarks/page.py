@@ -31,11 +31,13 @@ it was.
 
 SECTIONS = {
     "overhead": "What the monitor costs",
+    "probe": "What a probe costs",
     "recalibration": "What recalibration costs",
     "samples": "How large a sample has to be",
     "passes": "What a pass costs",
     "growth": "How both grow",
     "causes": "How often the cause is right",
+    "limits": "What the limits lie between",
 }
 """The sections in their order, and their titles."""
 

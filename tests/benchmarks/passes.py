@@ -9,6 +9,7 @@ that of a fresh process.
 """
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -99,6 +100,31 @@ def variants(model: keras.Model) -> dict[str, Callable[[Batches], object]]:
         "Keras training forward": each(train),
         "eager training forward": each(lambda x: model(x, training=True)),
     }
+
+
+class Bytes(NamedTuple):
+    """One line of the table of bytes: a batch of one model."""
+
+    model: str
+    megabytes: float
+    milliseconds: float
+    inference: float
+
+
+def bytes_read_more(name: str, batch_size: int, inference: float) -> Bytes:
+    """What one more reading of every layer's input costs, if it comes from memory."""
+    model, _ = prepare(MODELS[name])
+    sizes = [math.prod(bn.layer.input.shape[1:]) for bn in find(model)]
+    total = 4 * batch_size * sum(sizes)
+    # Too large for any cache.
+    block = tf.zeros(64 * MB // 4)
+    times = []
+    for _ in range(11):
+        start = time.perf_counter()
+        np.asarray(tf.reduce_sum(block))
+        times.append(time.perf_counter() - start)
+    cost = float(np.median(times)) * total / (64 * MB)
+    return Bytes(name, total / MB, 1e3 * cost, inference)
 
 
 MB = 2**20
@@ -208,6 +234,22 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def bytes_cells(line: Bytes) -> tuple[str, ...]:
+    """A line of the table of bytes, as text."""
+    return (
+        line.model,
+        f"{line.megabytes:.0f} MB",
+        f"{line.milliseconds:.1f} ms",
+        f"{line.inference:.1f} ms",
+        f"{1 + line.milliseconds / line.inference:.2f}",
+        f"{1 + 2 * line.milliseconds / line.inference:.2f}",
+    )
+
+
+BYTES_HEAD = (
+    *("model", "inputs of BN layers", "to read them once", "inference"),
+    *("ratio with one reading more", "with two"),
+)
 TIMES_HEAD = ("model", "pass", "ms a batch", "ratio", "quartiles")
 PEAKS_HEAD = ("model", "size", "examples", "inference", "`refine=0`", "default")
 
@@ -250,6 +292,14 @@ to larger ones, up to {joined} examples; the limit that we set ourselves for it 
 The *eager training forward* is the loop that people write by hand.
 
 {table}
+
+Why not less: moments need the whole input of a layer before its output can begin. So
+it is read once or twice more (for the mean, and for the variance about it), and from
+memory where it does not fit into a cache. Inference reads it once, and may do so while
+the convolution before is still at work. At the speed at which this machine reads 64 MB,
+the readings alone, for a batch of {batch_size}, cost:
+
+{bytes}
 """
 MEMORY = """\
 ### Memory
@@ -285,10 +335,13 @@ def main() -> None:
         make_passes(options.peaks[0], options.peak, options.batch_size)
         return
     section = Section("passes")
-    times, peaks = [], []
+    times, peaks, read_more = [], [], []
     for name in options.models:
         for line in measure_times(name, options):
             times.append(time_cells(line))
+            if line.variant == "inference":
+                more = bytes_read_more(name, options.batch_size, line.milliseconds)
+                read_more.append(bytes_cells(more))
             print("  ".join(cell.ljust(22) for cell in times[-1]), flush=True)
     for name in options.peaks:
         peaks.append(peak_cells(measure_peaks(name, options)))
@@ -301,6 +354,7 @@ def main() -> None:
                 repeats=options.repeats,
                 joined=JOINED,
                 table=table(TIMES_HEAD, times),
+                bytes=table(BYTES_HEAD, read_more),
             )
         )
     if peaks:

@@ -18,14 +18,17 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 OPTIONS = {
     "overhead": ["--repeats", "2"],
+    "probe": [],
     "recalibration": [],
     "samples": [],
     "passes": [],
     "growth": [],
     "causes": [],
+    "limits": [],
 }
 QUICK = {
     "overhead": ["--models", "mlp", "--repeats", "1", "--steps", "20"],
+    "probe": ["--models", "mlp", "--repeats", "1"],
     "recalibration": [
         *("--models", "mlp6", "--repeats", "1", "--steps", "1"),
     ],
@@ -39,6 +42,7 @@ QUICK = {
         *("--readings", "2", "--reports", "1"),
     ],
     "causes": ["--with-probe", "--only", "momentum_one"],
+    "limits": ["--only", "SOLVED"],
 }
 """Settings that show that a script works, and measure nothing."""
 

@@ -41,6 +41,12 @@ allows. As many as the last columns say it allows beside a batch, by size of the
 Networks after a short training; layer by layer, which is the simple way to the same
 statistics, each needs as many passes as there are layers.
 
+Where memory allows a small sample only, several of them could run in lockstep, as one
+larger sample: each layer waits for the moments of all. But then the activations of all
+are in memory at a time, as they are when the larger sample runs as one batch, and
+nothing is gained. To compute them again instead costs a pass over the sample for each
+layer. So it is passes over all data that finish the work, as many as the table shows.
+
 {table}
 """
 

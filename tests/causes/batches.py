@@ -119,6 +119,38 @@ def measurements_in_the_order_of_time() -> Run:
     return Run(model, fit, (x, y), 40)
 
 
+def queries(count: int, size: int, seed: int) -> tuple[Any, Any]:
+    """Queries of random documents, and how each of these stands among the others."""
+    z = rng(seed).normal(size=(count, size, 5))
+    place = z[..., 0] - z[..., 0].mean(axis=1, keepdims=True)
+    place = place / z[..., 0].std(axis=1, keepdims=True)
+    return z.reshape(-1, 5).astype("float32"), place.reshape(-1, 1).astype("float32")
+
+
+@cases.problem("batch_dependent")
+def places_among_the_documents_of_a_query() -> Run:
+    x, y = queries(120, 8, seed=31)
+    model = keras.Sequential(
+        [keras.Input((5,)), BN(momentum=0.95), layers.Dense(16), layers.Dense(1)]
+    )
+    compiled(model, keras.optimizers.Adam(0.01))
+    fit = fitter(model, x, y, epochs=5, batch_size=8, shuffle=False)
+    return Run(model, fit, (x[:512], y[:512]), 8)
+
+
+@cases.problem("batch_dependent", held_back=True)
+def the_better_half_of_each_query() -> Run:
+    x, y = queries(300, 6, seed=32)
+    inputs = keras.Input((5,))
+    z = layers.Dense(12)(BN(momentum=0.98)(inputs))
+    model = keras.Model(inputs, layers.Dense(1)(layers.Activation("tanh")(z)))
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    compiled(model, keras.optimizers.Adam(0.02), loss)
+    better = (y > 0).astype("float32")
+    fit = fitter(model, x, better, epochs=8, batch_size=6, shuffle=False)
+    return Run(model, fit, (x[:480], better[:480]), 6)
+
+
 @cases.problem("tiny_batch")
 def batch_of_one() -> Run:
     x, y = table(900)

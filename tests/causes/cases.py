@@ -2,6 +2,10 @@
 
 import averages
 import batches
+import fresh_averages
+import fresh_batches
+import fresh_healthy
+import fresh_modes
 import modes
 import replays
 import replicas
@@ -15,4 +19,8 @@ CASES: list[Case] = [
     *replays.cases,
     *replicas.cases,
     *silent.cases,
+    *fresh_averages.cases,
+    *fresh_batches.cases,
+    *fresh_modes.cases,
+    *fresh_healthy.cases,
 ]

@@ -1,5 +1,6 @@
 """Does `audit` name what is wrong, and does following its advice help?"""
 
+import fresh_audits  # noqa: F401
 import pytest
 from audits import Audit, audits, is_better
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bn_callbacks
 from bn_callbacks import cli, demo
 from bn_callbacks.cli.options import parse
 
@@ -78,6 +79,13 @@ def test_options(received):
     ]
     assert cli.main(["demo", *options]) == 0
     assert received == [("here", "m.keras", {"epochs": 3, "seed": 7})]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"bn-callbacks {bn_callbacks.__version__}\n"
 
 
 def test_commands_in_the_documentation_are_understood():

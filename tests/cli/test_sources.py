@@ -200,7 +200,7 @@ def test_pickles_are_never_loaded(tmp_path, model):
         (np.ones((8, 5), "float32"), "does not fit the model"),
         (np.ones((8, 4, 2), "float32"), "does not fit the model"),
         (np.full((8, 4), "text"), "does not fit the model"),
-        (np.ones((0, 4), "float32"), "`x` is empty"),
+        (np.ones((0, 4), "float32"), "--data is empty"),
         (np.float32(3), "x.npy: One number is no data."),
         (np.full((8, 4), np.nan, "float32"), "is not finite"),
     ],
@@ -584,14 +584,14 @@ def test_an_endless_dataset_needs_steps(run, fails, here):
         FUNCTIONS + "endless = lambda: dataset().repeat()"
     )
     data = ("inspect", "model.keras", "--data", "endless_data:endless")
-    assert "`x` is infinite" in fails(*data)
+    assert "--data is infinite" in fails(*data)
     assert run(*data, "--steps", "2").status in (0, 1)
 
 
 def test_batches_of_a_generator_stay_as_they_come(fails, here):
     (here / "own_data.py").write_text(FUNCTIONS)
     data = ("--data", "own_data:generator", "--batch-size", "4")
-    assert "`batch_size` is for arrays" in fails("inspect", "model.keras", *data)
+    assert "--batch-size is for arrays" in fails("inspect", "model.keras", *data)
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 from bn_callbacks.statistics import causes
 from bn_callbacks.statistics.advice import _distance, advise
 from bn_callbacks.statistics.diagnosis import (
+    APART_LIMIT,
     DESIGN_LIMIT,
     DOMINANCE_LIMIT,
     RULES,
-    VARIATION_LIMIT,
     diagnose,
     diagnose_model,
 )
@@ -106,6 +106,7 @@ PROBLEMS = {
     causes.OUTLIERS: replace(HEALTHY, windows=random_windows(0.01, 50.0)),
     causes.CORRELATED_BATCHES: replace(HEALTHY, windows=random_windows(0.5)),
     causes.WEIGHTS_REPLACED: replace(HEALTHY, are_weights_replaced=True),
+    causes.BATCH_DEPENDENT: replace(HEALTHY, family=Family.BATCHES),
     causes.MIXED_CALLS: replace(HEALTHY, has_mixed_calls=True, family=Family.BATCHES),
     causes.WARMING_UP: young(0.5),
     causes.NOISY: replace(
@@ -130,7 +131,9 @@ def test_each_cause_is_named_with_its_remedy(cause):
 
 def test_every_cause_has_a_rule_and_a_problem():
     vocabulary = {value for name, value in vars(causes).items() if name.isupper()}
-    assert {cause for cause, _ in RULES} == vocabulary
+    # That one the losses alone prove.
+    by_rules = {cause for cause, _ in RULES}
+    assert by_rules | {causes.BATCH_DEPENDENT} == vocabulary
     assert vocabulary - {causes.HEALTHY} == CAUSES_OF[Family.UNKNOWN]
     assert set(PROBLEMS) == vocabulary - {causes.HEALTHY}
 
@@ -280,9 +283,21 @@ def test_stale_statistics_that_nothing_explains_are_called_so():
     assert [v.cause for v in diagnose_model([replace(gap, **STALE)])] == [causes.STALE]
 
 
-def test_what_no_fixed_statistics_can_do_is_batches_of_no_random_sample():
+def test_what_no_fixed_statistics_can_do_has_a_cause_only_if_it_is_seen():
     gap = replace(HEALTHY, family=Family.BATCHES)
-    assert diagnose(gap).cause == causes.CORRELATED_BATCHES
+    assert diagnose(gap).figures.design_effect < APART_LIMIT
+    assert diagnose(gap).cause == causes.BATCH_DEPENDENT
+    assert "nothing shows why" in diagnose(gap).advice
+    # Batches that differ more than random ones do, though weights that move might too.
+    apart = replace(gap, windows=random_windows(0.11))
+    assert APART_LIMIT < diagnose(apart).figures.design_effect < DESIGN_LIMIT
+    assert diagnose(apart).cause == causes.CORRELATED_BATCHES
+    assert diagnose(replace(apart, family=Family.UNKNOWN)).cause == causes.HEALTHY
+    # In a probe they are seen also where the batch size of training is unknown.
+    unknown = replace(apart, batch_size=None)
+    assert diagnose(unknown).cause == causes.BATCH_DEPENDENT
+    probed = replace(unknown, probe_effect=APART_LIMIT + 0.1)
+    assert diagnose(probed).cause == causes.CORRELATED_BATCHES
     mixed = replace(gap, has_mixed_calls=True)
     assert [v.cause for v in diagnose_model([mixed])] == [causes.MIXED_CALLS]
     rare = replace(mixed, scatter=Scatter(0.0, 1.0, 2 * DOMINANCE_LIMIT))
@@ -369,6 +384,31 @@ def test_noise_has_a_floor_without_windows():
     assert diagnose(replace(one, batch_size=64.0)).cause == causes.STALE
 
 
+def test_a_start_within_noise_explains_nothing():
+    noisy = {"batch_share": 1.0, "batch_size": 32.0}
+    floor = math.sqrt(1.5 / 32 * (average_noise(0.99) + 1))
+    assert floor < 0.3 < 2 * floor < 0.5
+    assert diagnose(replace(young(0.3), **noisy)).cause == causes.HEALTHY
+    assert diagnose(replace(young(0.5), **noisy)).cause == causes.WARMING_UP
+
+
+def test_a_small_error_does_not_explain_a_large_distance():
+    # A part of 0.3 is the start's; what it leaves is ten times as far, or twice.
+    weight = 0.99**50
+
+    def beside(rest):
+        clean = 1 + rest
+        return replace(
+            young(0.3),
+            start=constant(clean + 0.3 / weight),
+            moving=constant(clean + 0.3),
+        )
+
+    assert measure(beside(3.0)).start_part == pytest.approx(0.3, rel=0.01)
+    assert diagnose(beside(3.0)).cause == causes.STALE
+    assert diagnose(beside(0.6)).cause == causes.WARMING_UP
+
+
 @pytest.mark.parametrize("factor", [255.0, 1 / 255, 3.0])
 def test_one_factor_in_all_channels_is_preprocessing(factor):
     verdict = diagnose(scaled(factor))
@@ -376,6 +416,15 @@ def test_one_factor_in_all_channels_is_preprocessing(factor):
     assert "Do not recalibrate" in verdict.advice
     number = f"{factor:.3g}" if factor > 1 else f"1/{1 / factor:.3g}"
     assert f"by a factor of {number} " in verdict.advice
+
+
+@pytest.mark.parametrize(("spread", "is_one"), [(0.03, True), (0.1, False)])
+def test_channels_share_a_factor_but_for_chance(spread, is_one):
+    seen = scaled(255.0)
+    signs = np.resize([1.0, -1.0], CHANNELS)
+    variance = seen.batch.variance * (1 + spread * signs) ** 2
+    apart = replace(seen, batch=seen.batch._replace(variance=variance))
+    assert (measure(apart).factor is not None) == is_one
 
 
 @pytest.mark.parametrize(
@@ -453,10 +502,35 @@ def test_a_short_run_is_advised_what_leaves_5_percent_of_the_start():
     assert tiny.suggested_momentum == 0.5
 
 
-def test_limits_lie_between_what_was_measured():
-    assert 4.6 < DESIGN_LIMIT < 12
-    assert 1.4 < VARIATION_LIMIT < 7
-    assert 3.3 < DOMINANCE_LIMIT < 30
+def with_design_effect(effect):
+    """Windows whose means differ so many times as much as those of random batches."""
+    windows = PROBLEMS[causes.CORRELATED_BATCHES].windows
+    found = measure(replace(HEALTHY, windows=windows)).figures.design_effect
+    means = windows.mean * math.sqrt(effect / found)
+    seen = replace(HEALTHY, windows=windows._replace(mean=means))
+    assert measure(seen).figures.design_effect == pytest.approx(effect)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause"),
+    [
+        # Drift has reached 4.6, grouped batches began at 12.
+        (with_design_effect(4.6), causes.HEALTHY),
+        (with_design_effect(12.0), causes.CORRELATED_BATCHES),
+        # Batches without outliers vary by 1.4 at most, those with some by 7.
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.4, 1.0)), causes.HEALTHY),
+        (replace(HEALTHY, scatter=Scatter(0.0, 7.0, 1.0)), causes.OUTLIERS),
+        # Gains that differ by a factor of 10, and a column that is hardly ever not 0.
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.0, 3.3)), causes.HEALTHY),
+        (replace(HEALTHY, scatter=Scatter(0.0, 1.0, 30.0)), causes.OUTLIERS),
+    ],
+)
+def test_what_was_measured_is_told_apart(seen, cause):
+    assert diagnose(seen).cause == cause
+
+
+def test_a_model_without_layers_has_no_verdicts():
     assert diagnose_model([]) == []
 
 

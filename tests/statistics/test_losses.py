@@ -34,6 +34,9 @@ def losses(batch, inference, recalibrated=None, spread=SPREAD):
         (1.0, 1.0, 1.0, Family.INNOCENT),
         (1.0, 1.24, 1.0, Family.INNOCENT),
         (1.0, 0.33, 0.33, Family.INNOCENT),  # overfitting
+        (1.0, 1.29, 1.0, Family.INNOCENT),  # the largest gap of a healthy model
+        (1.0, 1.0, 1.2, Family.INNOCENT),  # a little harm is chance
+        (1.0, 1.0, 1.3, Family.ADAPTED),
         (1.0, 1.5, 1.0, Family.STALE),
         (1.0, 20.0, 0.9, Family.STALE),
         (1.0, 1.6, 1.25, Family.STALE),  # neither ratio counts alone
@@ -74,7 +77,7 @@ def test_what_makes_batches_differ_in_both_modes_does_not_count():
 
 
 def test_a_single_batch_needs_more():
-    assert not losses(1.0, 1.9, 1.0, np.ones(1)).exceeds("inference", "batch", 1.4)
+    assert not losses(1.0, 2.2, 1.0, np.ones(1)).exceeds("inference", "batch", 1.4)
     assert losses(1.0, LONELY_LIMIT, 1.0, np.ones(1)).family is Family.STALE
 
 
