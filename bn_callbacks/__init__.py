@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bn_callbacks.callbacks.monitor import BatchNormMonitor
     from bn_callbacks.callbacks.recalibrate import RecalibrateBatchNorm
     from bn_callbacks.episodes import Episode
+    from bn_callbacks.pooling import apply_statistics, measure
     from bn_callbacks.recalibration import recalibrate, recalibrated
     from bn_callbacks.report import (
         BatchNormLagWarning,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         RecalibrationReport,
     )
     from bn_callbacks.statistics.moving_average import suggest_momentum
+    from bn_callbacks.statistics.population import PopulationMoments
     from bn_callbacks.watching.watch import BatchNormWatch
 
 __all__ = [
@@ -31,9 +33,12 @@ __all__ = [
     "DebiasBatchNorm",
     "Episode",
     "LayerReport",
+    "PopulationMoments",
     "RecalibrateBatchNorm",
     "RecalibrationReport",
+    "apply_statistics",
     "audit",
+    "measure",
     "recalibrate",
     "recalibrated",
     "suggest_momentum",
@@ -49,9 +54,12 @@ _HOMES = {
     "DebiasBatchNorm": "callbacks.debias",
     "Episode": "episodes",
     "LayerReport": "report",
+    "PopulationMoments": "statistics.population",
     "RecalibrateBatchNorm": "callbacks.recalibrate",
     "RecalibrationReport": "report",
+    "apply_statistics": "pooling",
     "audit": "auditing",
+    "measure": "pooling",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "suggest_momentum": "statistics.moving_average",

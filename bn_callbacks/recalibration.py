@@ -20,11 +20,9 @@ from bn_callbacks.arguments import (
 )
 from bn_callbacks.auditing import Seen, report_on
 from bn_callbacks.layers import (
-    BatchNormLayer,
     LayerSelection,
-    Snapshot,
-    assign,
     check_model,
+    commit,
     count_inputs,
     find,
     read,
@@ -41,13 +39,14 @@ from bn_callbacks.measuring.consistent import (
     residuals,
 )
 from bn_callbacks.measuring.data import Batches
+from bn_callbacks.measuring.handful import corrected, handful
 from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.precision import Precision
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
-from bn_callbacks.measuring.reach import split
-from bn_callbacks.measuring.sample import examples_in
-from bn_callbacks.report import BatchNormWarning, RecalibrationReport
+from bn_callbacks.measuring.reach import targets_of
+from bn_callbacks.measuring.sample import Examples, examples_in
+from bn_callbacks.report import BatchNormWarning, RecalibrationReport, Shrinkage
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.warn import warn
 
@@ -83,6 +82,7 @@ def recalibrate(
     dropout: bool = False,
     layers: LayerSelection = None,
     validation_data: Any = None,
+    prior: Literal["stored"] | None = None,
     verbose: int | Literal["auto"] = "auto",
 ) -> RecalibrationReport:
     """Gives BN layers the statistics that inference really sees ("Precise BN").
@@ -125,6 +125,10 @@ def recalibrate(
         validation_data: Data with targets; none by default. The model's loss on them
             decides between the old statistics, the new ones, and those of a single pass
             by batch.
+        prior: `"stored"` for a handful of examples, 3 at least: what is stored is
+            corrected, layer after layer, by as much as the examples can tell. A model
+            that they do not show to be wrong is left alone. With more than 1,024
+            examples it is as without. `None`, the default, trusts the data alone.
         verbose: 0 is silent; 1, and `"auto"`, the default, show progress and the
             result.
 
@@ -134,7 +138,7 @@ def recalibrate(
     Raises:
         TypeError: `model` is not a Keras 3 model.
         ValueError: No BN layer to recalibrate, or data that are empty, endless, of a
-            wrong structure or not finite.
+            wrong structure or not finite; with `prior`, fewer than 3 examples.
 
     Examples:
         >>> import keras, numpy as np
@@ -151,7 +155,7 @@ def recalibrate(
     """
     check_model(model)
     with team_of(model).agreed():
-        check_options(refine, tolerance, dropout, verbose)
+        check_options(refine, tolerance, dropout, verbose, prior)
         batches = Batches(
             x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
         )
@@ -163,6 +167,7 @@ def recalibrate(
         dropout=dropout,
         layers=layers,
         validation_data=validation_data,
+        prior=prior,
     ).run(verbose)
 
 
@@ -244,6 +249,7 @@ class Recalibration:
         dropout: Whether dropout is active.
         layers: Which layers.
         validation_data: Data to hold the result against.
+        prior: What to begin with where examples are few.
         is_brief: Whether a part of the data is to be enough, as for a validation.
     """
 
@@ -257,6 +263,7 @@ class Recalibration:
         dropout: bool = False,
         layers: LayerSelection = None,
         validation_data: Any = None,
+        prior: Literal["stored"] | None = None,
         is_brief: bool = False,
     ) -> None:
         self._model = model
@@ -266,6 +273,8 @@ class Recalibration:
             refine if refine == "auto" else int(refine)
         )
         self._batches = batches
+        self._prior = prior
+        self._shrinkage: tuple[Shrinkage, ...] = ()
         self._team = team_of(model)
         self._validation: Probe | None = None
         self._team.check_same(
@@ -274,12 +283,19 @@ class Recalibration:
                 f"tolerance={tolerance}",
                 f"refine={refine}",
                 f"dropout={bool(dropout)}",
+                f"prior={prior}",
                 f"layers={'given' if layers is not None else None}",
                 f"validation_data={'given' if validation_data is not None else None}",
             ],
         )
         with self._team.agreed():
-            self._targets, self._skipped, self._uncalled = _targets(
+            if prior and self._team.workers > 1:
+                raise ValueError(
+                    "`prior` is for a handful of examples, which one process can read. "
+                    f"Received: prior={prior!r} with {self._team.workers} workers. "
+                    "Recalibrate in one process, and load the model in the others."
+                )
+            self._targets, self._skipped, self._uncalled = targets_of(
                 model, layers, batches
             )
             self._population = Population(model, self._targets, dropout=dropout)
@@ -322,14 +338,15 @@ class Recalibration:
         residual = known(solution.residuals)
         is_nearer = (
             self._validation is not None  # Then the loss decides,
-            or self._refine != "auto"  # or the user has decided.
+            or self._refine != "auto"  # or the user has decided,
+            or bool(self._shrinkage)  # or the examples have, layer by layer.
             or residual is None
             or residual < max(RESIDUAL_LIMIT, before.max_lag)
         )
         committed = is_nearer and not _is_worse(loss_after, loss_before)
         saved = snapshot(targets)
         if committed:
-            self._write(saved, solution.statistics, reached)
+            commit(targets, solution.statistics, reached, self._team)
         unreached = [
             *itertools.compress(targets, map(operator.not_, reached)),
             *self._uncalled,
@@ -347,6 +364,7 @@ class Recalibration:
             skipped=tuple(bn.path for bn in self._skipped),
             residuals=(*solution.residuals, *[None] * len(uncalled)),
             notes=self._notes(measured, residual, is_nearer),
+            shrinkage=self._shrinkage,
             _undo=lambda: restore(saved),
         )
         if not is_nearer:
@@ -356,6 +374,11 @@ class Recalibration:
         return report
 
     def _solve(self, old: list[Statistics], progress: Progress) -> Solution:
+        self._shrinkage = ()
+        if self._prior is not None:
+            examples = handful(self._batches, self._population.takes_any_batch)
+            if examples is not None:
+                return self._corrected(examples, old, progress)
         until = self._precision if self._tolerance is not None else None
         if self._refine != "auto":
             return by_passes(
@@ -375,6 +398,17 @@ class Recalibration:
             most=self._most,
             progress=progress,
         )
+
+    def _corrected(
+        self, examples: Examples, old: list[Statistics], progress: Progress
+    ) -> Solution:
+        solution, found = corrected(self._population, examples, old, progress)
+        self._shrinkage = tuple(
+            Shrinkage(bn.path, *one[1:])
+            for bn, one in zip(self._targets, found, strict=True)
+            if one is not None
+        )
+        return solution
 
     @property
     def _most(self) -> int | None:
@@ -397,7 +431,8 @@ class Recalibration:
         assert self._validation is not None
         loss = self._validation.inference_loss(solution.statistics)
         # Of a single layer both are the same.
-        if self._refine == "auto" and len(self._targets) > 1:
+        by_passes_too = self._refine == "auto" and not self._shrinkage
+        if by_passes_too and len(self._targets) > 1:
             read = self._batches.first(solution.measured.own_batches)
             by_batch = by_passes(
                 self._population, read, old, refine=0, progress=progress
@@ -407,19 +442,6 @@ class Recalibration:
                 left = residuals(self._population, read, by_batch.statistics, progress)
                 return replace(by_batch, residuals=left), other
         return solution, loss
-
-    def _write(
-        self, saved: Snapshot, statistics: list[Statistics], reached: list[bool]
-    ) -> None:
-        try:
-            with self._team.agreed():
-                assign(
-                    list(itertools.compress(self._targets, reached)),
-                    list(itertools.compress(statistics, reached)),
-                )
-        except BaseException:
-            restore(saved)
-            raise
 
     def _notes(
         self, measured: Measurement, residual: float | None, is_nearer: bool
@@ -444,7 +466,9 @@ class Recalibration:
         return tuple(notes)
 
 
-def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> None:
+def check_options(
+    refine: Any, tolerance: Any, dropout: Any, verbose: Any, prior: Any = None
+) -> None:
     """Raises a ValueError for values that `recalibrate` does not take."""
     if not (is_word(refine, "auto") or is_whole(refine, 0)):
         raise ValueError(
@@ -460,43 +484,17 @@ def check_options(refine: Any, tolerance: Any, dropout: Any, verbose: Any) -> No
         raise ValueError(
             f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
         )
+    if not (prior is None or is_word(prior, "stored")):
+        raise ValueError(
+            f"`prior` must be None or 'stored'. Received: prior={shown(prior)}."
+        )
+    if prior is not None and not (is_word(refine, "auto") and tolerance is None):
+        raise ValueError(
+            "With `prior`, the examples themselves decide how much of them to take. "
+            f"Received: prior={prior!r} with refine={shown(refine)} and "
+            f"tolerance={shown(tolerance)}. Leave both out."
+        )
     check_verbose(verbose)
-
-
-def _targets(
-    model: keras.Model, layers: LayerSelection, batches: Batches
-) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers to recalibrate, those to leave alone, and those never called."""
-    found = find(model, layers)
-    if not found:
-        raise ValueError(
-            "The model has no BatchNormalization layer to recalibrate. Received: "
-            f"model={model.name!r}. There is nothing to do for it."
-        )
-    targets, skipped, uncalled = split(model, found, batches)
-    deaf = [bn for bn in skipped if bn.named]
-    if deaf:
-        raise ValueError(
-            f"The input of {deaf[0].path} cannot be measured: its own `call` never "
-            "asks for the statistics of a batch, whatever `training` is. Received: "
-            f"a {type(deaf[0].layer).__qualname__}. Leave it out of `layers`, or let "
-            "its `call` pass `training` on to `BatchNormalization.call`."
-        )
-    if targets:
-        return targets, skipped, uncalled
-    if not any(bn.trainable for bn in found):
-        raise ValueError(
-            "All BatchNormalization layers are frozen (`trainable=False`). Received: "
-            f"{found[0].path} and {len(found) - 1} more. Name the layers to "
-            f"recalibrate all the same, as in layers=[{found[0].path!r}]."
-        )
-    raise ValueError(
-        "The model's own call never runs its BatchNormalization layers in training "
-        "mode, so its weights have adapted to the statistics as they are, and "
-        f"recalibration would harm. Received: {found[0].path} and {len(found) - 1} "
-        "more. Pass `training` on to the layers in `call` and train again; or name "
-        f"the layers, as in layers=[{found[0].path!r}], if you know better."
-    )
 
 
 def _is_worse(after: float | None, before: float | None) -> bool:

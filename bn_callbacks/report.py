@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bn_callbacks.episodes import Episode
 from bn_callbacks.pictures import draw_bars
@@ -328,6 +328,34 @@ class BatchNormReport:
         return notes + [f"note: {clue}" for clue in self.clues]
 
 
+class Shrinkage(NamedTuple):
+    """How much of a layer's new statistics is from where, with `prior="stored"`.
+
+    Attributes:
+        path: Path of the layer.
+        start_weight: Weight of the values that the moving averages began with, which
+            was taken out of what was stored, from 0 to 1.
+        scale: What that was multiplied with: the mean; the variance with its square.
+        share: How much of the way from there to the sample was gone: 0 for none of it,
+            1 for the statistics of the sample.
+        error: Standard error of the sample, in standard deviations.
+    """
+
+    path: str
+    start_weight: float
+    scale: float
+    share: float
+    error: float
+
+    def __str__(self) -> str:
+        parts = [f"{self.share:.0%} of the way to the sample"]
+        if round(self.scale, 2) != 1:
+            parts.insert(0, f"scaled by {self.scale:.2f}")
+        if self.start_weight >= 0.005:
+            parts.insert(0, f"{self.start_weight:.0%} of start values taken out")
+        return f"{self.path}: {', '.join(parts)} (whose error is {self.error:.2g})"
+
+
 @dataclass(frozen=True)
 class RecalibrationReport:
     """What a recalibration has measured and done.
@@ -351,6 +379,8 @@ class RecalibrationReport:
         residuals: What `residual` is the largest of, for each of `before.layers`;
             `None` where no pass has measured it.
         notes: What else there is to say of the data or the result.
+        shrinkage: With `prior="stored"` and few examples, how much of each layer's
+            statistics is from where. `residual` then holds the sample's own error too.
     """
 
     before: BatchNormReport
@@ -365,6 +395,7 @@ class RecalibrationReport:
     skipped: tuple[str, ...] = ()
     residuals: tuple[float | None, ...] = ()
     notes: tuple[str, ...] = ()
+    shrinkage: tuple[Shrinkage, ...] = ()
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
@@ -381,7 +412,9 @@ class RecalibrationReport:
         JSON has no infinity: a number that is not finite is given as a string.
         """
         fields = {name: value for name, value in vars(self).items() if name[0] != "_"}
-        result: dict[str, Any] = plain({**fields, "before": self.before.to_dict()})
+        fields["before"] = self.before.to_dict()
+        fields["shrinkage"] = [each._asdict() for each in self.shrinkage]
+        result: dict[str, Any] = plain(fields)
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -461,7 +494,11 @@ class RecalibrationReport:
         ):
             if paths:
                 text += f"; left alone, {reason}: {', '.join(paths)}"
-        return "\n".join([text + ".", *(f"note: {note}" for note in self.notes)])
+        lines = [f"note: {note}" for note in self.notes]
+        if self.shrinkage:
+            lines.append("from what was stored to the new statistics:")
+            lines += [f"  {each}" for each in self.shrinkage]
+        return "\n".join([text + ".", *lines])
 
     def _repr_html_(self) -> str:
         pairs = self.ranked

@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
             "  bn-callbacks inspect model.keras --data train.npz\n"
             "  bn-callbacks recalibrate model.keras --data train.npz --output new.keras"
             "\n  bn-callbacks export model.keras --data train.npz --output serving/1"
+            "\n  bn-callbacks measure model.keras --data train.npz --output part-1.npz"
+            "\n  bn-callbacks merge part-1.npz part-2.npz --output all.npz"
+            "\n  bn-callbacks apply model.keras --moments all.npz --output new.keras"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,13 +96,7 @@ def _parser() -> argparse.ArgumentParser:
             "2 error"
         ),
     )
-    target = command.add_mutually_exclusive_group(required=True)
-    target.add_argument(
-        "--output", metavar="OUT.keras", help="file for the recalibrated model"
-    )
-    target.add_argument(
-        "--in-place", action="store_true", help="replace MODEL.keras itself"
-    )
+    _target(command)
 
     command = _command(
         commands,
@@ -125,7 +122,100 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="directory to make; it must not exist, or be empty",
     )
+    _in_parts(commands, model, data, debug)
     return parser
+
+
+def _in_parts(
+    commands: Any,
+    model: argparse.ArgumentParser,
+    data: argparse.ArgumentParser,
+    debug: argparse.ArgumentParser,
+) -> None:
+    command = _command(
+        commands,
+        "measure",
+        [model, data, debug],
+        summary="measure a part of the data, to be merged with others",
+        description=(
+            "Measures count, mean and squared deviations of the input of each "
+            "BatchNormalization layer, for data that are in many places. The model "
+            "is not changed."
+        ),
+        epilog=(
+            "examples:\n"
+            "  bn-callbacks measure model.keras --data train.npz --output part-1.npz\n"
+            "  bn-callbacks measure model.keras --data train.npz "
+            "--statistics part-1.npz --output part-2.npz"
+        ),
+    )
+    command.add_argument(
+        "--data", metavar="DATA", required=True, help=f"training data: {DATA}"
+    )
+    command.add_argument(
+        "--statistics",
+        metavar="ALL.npz",
+        help=(
+            "what all parts had in the round before, merged: layers normalise with "
+            "it (default: with the statistics of each batch)"
+        ),
+    )
+    command.add_argument(
+        "--dropout", action="store_true", help="let dropout act as in training"
+    )
+    _layers(command, "measure, even a frozen one")
+    command.add_argument(
+        "--output", metavar="OUT.npz", required=True, help="file for the moments"
+    )
+
+    command = _command(
+        commands,
+        "merge",
+        [debug],
+        summary="merge what was measured of several parts of the data",
+        description=(
+            "Merges moments exactly, in any order: the result is that of all data in "
+            "one place."
+        ),
+        epilog=(
+            "example:\n  bn-callbacks merge part-1.npz part-2.npz --output all.npz"
+        ),
+    )
+    command.add_argument(
+        "parts", metavar="PART.npz", nargs="+", help="what measure or merge wrote"
+    )
+    command.add_argument(
+        "--output", metavar="OUT.npz", required=True, help="file for the moments"
+    )
+
+    command = _command(
+        commands,
+        "apply",
+        [model, debug],
+        summary="give a saved model the statistics that were measured in parts",
+        description=(
+            "Replaces the moving statistics by those of merged moments, and saves the "
+            "model. Nothing else in it changes."
+        ),
+        epilog=(
+            "example:\n"
+            "  bn-callbacks apply model.keras --moments all.npz --output new.keras"
+        ),
+    )
+    command.add_argument(
+        "--moments", metavar="ALL.npz", required=True, help="the merged moments"
+    )
+    _target(command)
+
+
+def _target(command: argparse.ArgumentParser) -> None:
+    target = command.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--output", metavar="OUT.keras", help="file for the recalibrated model"
+    )
+    target.add_argument(
+        "--in-place", action="store_true", help="replace MODEL.keras itself"
+    )
 
 
 def _command(
@@ -225,6 +315,14 @@ def _recalibration() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--dropout", action="store_true", help="let dropout act as in training"
+    )
+    options.add_argument(
+        "--prior",
+        choices=["stored"],
+        help=(
+            "with a handful of examples: correct what is stored by as much as they can "
+            "tell"
+        ),
     )
     options.add_argument(
         "--validation",

@@ -17,9 +17,13 @@ def check_paths(options: argparse.Namespace) -> None:
         if options.model is not None:
             _check_file(Path(options.model))
         return
+    if options.command in ("measure", "merge"):
+        _check_file(Path(options.output), ".npz")
+    if options.command == "merge":
+        return
     model = Path(options.model)
     _check_model(model)
-    if options.command == "recalibrate":
+    if options.command in ("recalibrate", "apply"):
         _check_file(model if options.in_place else Path(options.output))
         if not options.in_place and _are_same(model, Path(options.output)):
             raise CommandError(
@@ -68,23 +72,23 @@ def _check_log_dir(path: Path) -> None:
     _check_parent(path / "file")
 
 
-def _check_file(path: Path) -> None:
-    if path.suffix != ".keras":
+def _check_file(path: Path, suffix: str = ".keras") -> None:
+    if path.suffix != suffix:
         raise CommandError(
-            f"The name of the output must end in .keras. Received: {path}"
+            f"The name of the output must end in {suffix}. Received: {path}"
         )
     target = path.resolve()
-    if path.is_symlink() and target.suffix != ".keras":
+    if path.is_symlink() and target.suffix != suffix:
         raise CommandError(
-            f"{path} is a link to {target}, whose name does not end in .keras. Name "
+            f"{path} is a link to {target}, whose name does not end in {suffix}. Name "
             "another file."
         )
     if path.is_dir():
         raise CommandError(f"{path} is a directory. Name a file.")
     if path.exists() and not path.is_file():
         raise CommandError(
-            f"{path} is no file, but a pipe, a socket or a device, into which no model "
-            "can be saved. Name a file."
+            f"{path} is no file, but a pipe, a socket or a device, into which "
+            "nothing can be saved. Name a file."
         )
     _check_mount(target)
     _check_parent(path)

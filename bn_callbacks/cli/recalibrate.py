@@ -16,7 +16,7 @@ from bn_callbacks.cli.writing import replacing
 from bn_callbacks.layers import count_inputs
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.names import printable
-from bn_callbacks.recalibration import Recalibration
+from bn_callbacks.recalibration import Recalibration, check_options
 from bn_callbacks.report import RecalibrationReport, plain
 
 
@@ -46,6 +46,7 @@ def recalibrate(
     batches = Batches(
         x, batch_size=batch_size, steps=options.steps, inputs=count_inputs(model)
     )
+    check_options(options.refine, options.tolerance, options.dropout, 0, options.prior)
     validation = None
     if options.validation is not None:
         validation = open_data(options.validation, model, options).x
@@ -57,6 +58,7 @@ def recalibrate(
         dropout=options.dropout,
         layers=options.layers,
         validation_data=validation,
+        prior=options.prior,
     )
     # Keras' progress bar is for terminals only: elsewhere it writes endless lines.
     shows_bar = sys.stdout.isatty() and not options.json

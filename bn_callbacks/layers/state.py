@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike, NDArray
 
-from bn_callbacks.distribution import copies
+from bn_callbacks.distribution import Team, copies
 from bn_callbacks.layers.facts import raw_iterations, team_of
 from bn_callbacks.layers.find import BatchNormLayer
 from bn_callbacks.statistics.moments import Statistics
@@ -103,6 +103,30 @@ def assign(
             _versions[bn.layer] = next(_new_version)
     except BaseException:
         restore(old)
+        raise
+
+
+def commit(
+    layers: Sequence[BatchNormLayer],
+    values: Sequence[Statistics],
+    wanted: Sequence[bool],
+    team: Team,
+) -> None:
+    """Writes statistics into the layers that are wanted, on all workers or on none.
+
+    Raises:
+        ValueError: As `assign`.
+        RuntimeError: Another worker has failed.
+    """
+    saved = snapshot(layers)
+    try:
+        with team.agreed():
+            assign(
+                list(itertools.compress(layers, wanted)),
+                list(itertools.compress(values, wanted)),
+            )
+    except BaseException:
+        restore(saved)
         raise
 
 

@@ -119,6 +119,10 @@ class Population:
         dropout: Whether dropout, noise and augmentation layers are active.
         loss: Whether to measure the model's loss as well.
         penalties: Whether what layers add to the loss is a part of it.
+
+    Attributes:
+        order: The numbers of the layers in the order of their first calls, after a
+            pass.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class Population:
         self.takes_any_batch = takes_any_batch(model)
         self._model = model
         self._options = {"dropout": dropout, "loss": loss, "penalties": penalties}
+        self.order: list[int] = []
         self._is_fast = True
         self._entry: int | None = None
 
@@ -320,6 +325,7 @@ class Population:
             yield traced
         finally:
             self._entry = traced.entry
+            self.order = list(traced.order)
             memory[key] = traced
 
     def _moments(

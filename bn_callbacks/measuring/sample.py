@@ -167,6 +167,33 @@ def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
     return [tuple(leaf.shape[1:]) for leaf in leaves]
 
 
+class Examples:
+    """Single examples, kept, each as a batch.
+
+    Args:
+        rows: The examples.
+        numbers: Of each, the number of its batch in the data.
+    """
+
+    def __init__(self, rows: Sequence[Batch], numbers: Sequence[int]) -> None:
+        self._rows = list(rows)
+        self._numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._rows)
+
+    def number(self, index: int) -> int:
+        """The number in the data of the batch that an example is from."""
+        return self._numbers[index]
+
+    def read(self, count: int) -> int:
+        """How many batches of the data so many examples are from."""
+        return len(set(self._numbers[:count]))
+
+
 class Joined:
     """Batches joined to larger ones: given statistics do not mind, and it is faster.
 
@@ -175,7 +202,9 @@ class Joined:
         size: Examples in a joined batch at most.
     """
 
-    def __init__(self, batches: "Batches | First | Sample", size: int) -> None:
+    def __init__(
+        self, batches: "Batches | First | Sample | Examples", size: int
+    ) -> None:
         self._batches = batches
         self._size = size
         self._ends: list[int] = []
@@ -215,4 +244,4 @@ class Joined:
 
     def read(self, count: int) -> int:
         """How many batches of the data `count` of these are."""
-        return self._ends[count]
+        return self._batches.read(self._ends[count])

@@ -36,6 +36,7 @@ SECTIONS = {
     "samples": "How large a sample has to be",
     "passes": "What a pass costs",
     "growth": "How both grow",
+    "handful": "What a handful of examples does",
     "causes": "How often the cause is right",
     "limits": "What the limits lie between",
 }

@@ -1,4 +1,4 @@
-"""Measures everything and writes docs/benchmarks.md: some 50 minutes.
+"""Measures everything and writes docs/benchmarks.md: some 60 minutes.
 
     python tests/benchmarks/run.py [--sections overhead causes ...] [--quick]
 
@@ -23,6 +23,7 @@ OPTIONS = {
     "samples": [],
     "passes": [],
     "growth": [],
+    "handful": [],
     "causes": [],
     "limits": [],
 }
@@ -41,6 +42,7 @@ QUICK = {
         *("--repeats", "1", "--batches", "2"),
         *("--readings", "2", "--reports", "1"),
     ],
+    "handful": ["--models", "dense", "--seeds", "1", "--draws", "1"],
     "causes": ["--with-probe", "--only", "momentum_one"],
     "limits": ["--only", "SOLVED"],
 }

@@ -14,7 +14,10 @@ from bn_callbacks.cli.options import parse
 
 ROOT = Path(__file__).parents[2]
 FLAGS = re.DOTALL | re.MULTILINE
-COMMANDS = ("demo", "inspect", "recalibrate", "export")
+COMMANDS = (
+    *("demo", "inspect", "recalibrate", "export"),
+    *("measure", "merge", "apply"),
+)
 
 
 def examples(arguments, capsys):
@@ -107,6 +110,10 @@ def test_help_shows_each_command_in_use(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_in_the_help_of_a_command_work(command, here, received, capsys):
+    if command in ("merge", "apply"):  # They begin with what others write.
+        for name in ("part-1.npz", "part-2.npz", "all.npz"):
+            arguments = ["model.keras", "--data", "train.npz", "--output", name]
+            assert cli.main(["measure", *arguments]) == 0
     for example in examples([command, "--help"], capsys):
         assert example[0] == command
         # The model has trained for too few steps, which data show.
@@ -114,7 +121,14 @@ def test_examples_in_the_help_of_a_command_work(command, here, received, capsys)
         assert cli.main(example) == found, capsys.readouterr()
     written = {path.name for path in here.iterdir()}
     written -= {"model.keras", "train.npz", "val.npz"}
-    wanted = {"recalibrate": {"new.keras"}, "export": {"serving"}}
+    parts = {"part-1.npz", "part-2.npz"}
+    wanted = {
+        "recalibrate": {"new.keras"},
+        "export": {"serving"},
+        "measure": parts,
+        "merge": {*parts, "all.npz"},
+        "apply": {*parts, "all.npz", "new.keras"},
+    }
     assert written == wanted.get(command, set())
     assert len(received) == (command == "demo")
 

@@ -403,3 +403,27 @@ def test_stderr_of_a_process_holds_the_error_alone(untouched):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.count("\n") == 1, done.stderr
     (untouched / "torn.keras").unlink()
+
+
+def test_prior_is_for_a_handful_of_examples(here, capsys):
+    few = ["--prior", "stored", "--steps", "1", "--batch-size", "8"]
+    status = cli.main([*RECALIBRATE, *few, "--output", "few.keras"])
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "of the way to the sample" in printed
+    status = cli.main([*RECALIBRATE, *few, "--json", "--output", "few.keras"])
+    (layer,) = json.loads(capsys.readouterr().out)["shrinkage"]
+    assert (status, layer["path"]) == (0, "bn")
+    assert layer["error"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prior", "stored", "--refine", "1"], "Leave both out."),
+        (["--prior", "stored", "--steps", "1", "--batch-size", "2"], "at least 3"),
+    ],
+)
+def test_prior_says_what_it_needs(here, capsys, options, message):
+    assert cli.main([*RECALIBRATE, *options, "--output", "few.keras"]) == 2
+    assert message in capsys.readouterr().err
