@@ -20,8 +20,8 @@ SCRIPT = Path(__file__).parent / "typing_script.py"
 CALLED = [
     name
     for name in bn_callbacks.__all__
-    # Reports and warnings are made by others.
-    if not name.endswith(("Report", "Warning"))
+    # Reports, what they consist of, and warnings are made by others.
+    if not name.endswith(("Report", "Warning", "Episode"))
 ]
 
 
