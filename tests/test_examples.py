@@ -145,6 +145,19 @@ def test_custom_loop(tmp_path):
 
 
 @pytest.mark.slow
+def test_federated(tmp_path):
+    printed = run(EXAMPLES / "federated.py", directory=tmp_path)
+    averaged, merged, together = (
+        after(printed, name)
+        for name in ("averaged statistics: ", "merged moments ", "all in one place ")
+    )
+    assert merged == pytest.approx(together, rel=0.02)
+    assert merged[1] < averaged[1] / 2
+    figures = numbers(on_page("federated.py"))
+    assert [*averaged[:2], *merged[:2]] == pytest.approx(figures, rel=0.1)
+
+
+@pytest.mark.slow
 def test_multi_worker(tmp_path):
     printed = run(EXAMPLES / "multi_worker.py", directory=tmp_path)
     assert "worker 0: 1 of 1 BatchNormalization layers lag" in printed

@@ -144,9 +144,9 @@ def _in_parts(
         ),
         epilog=(
             "examples:\n"
-            "  bn-callbacks measure model.keras --data train.npz --output part-1.npz\n"
-            "  bn-callbacks measure model.keras --data train.npz "
-            "--statistics part-1.npz --output part-2.npz"
+            "  bn-callbacks measure model.keras --data train.npz --output 1.npz\n"
+            "  bn-callbacks measure model.keras --data train.npz --statistics 1.npz "
+            "--output 2.npz"
         ),
     )
     command.add_argument(

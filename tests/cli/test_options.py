@@ -125,7 +125,7 @@ def test_examples_in_the_help_of_a_command_work(command, here, received, capsys)
     wanted = {
         "recalibrate": {"new.keras"},
         "export": {"serving"},
-        "measure": parts,
+        "measure": {"1.npz", "2.npz"},
         "merge": {*parts, "all.npz"},
         "apply": {*parts, "all.npz", "new.keras"},
     }
@@ -172,7 +172,8 @@ def test_a_wrong_argument_is_one_line_on_stderr(arguments, message, received, ca
 
 def test_the_options_of_a_recalibration_reach_it():
     given = "--steps 3 --batch-size 8 --tolerance 0.01 --refine 0 --dropout --layers a "
-    given += "--layers b --validation v --features f --json --debug --unsafe"
+    given += "--layers b --prior stored --validation v --features f "
+    given += "--json --debug --unsafe"
     options = parse(["export", "m", "--data", "d", "--output", "o", *given.split()])
     assert vars(options) == {
         "command": "export",
@@ -185,6 +186,7 @@ def test_the_options_of_a_recalibration_reach_it():
         "refine": 0,
         "dropout": True,
         "layers": ["a", "b"],
+        "prior": "stored",
         "validation": "v",
         "features": "f",
         "custom_objects": None,
