@@ -58,7 +58,8 @@ def input_map(
     # Replicas of other workers may store something else.
     if not population.team.everywhere(factor is not None):
         return None
-    assert entry is not None and factor is not None
+    assert entry is not None
+    assert factor is not None
     if len(given) == 1 and not is_proportional(given[entry], moving, factor):
         return None
     count = math.ceil(EXAMPLES / max(1, examples_in(batches.peek())))
