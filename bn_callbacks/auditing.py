@@ -24,7 +24,9 @@ from bn_callbacks.measuring.data import Batches
 from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.probe import EachBatch, three_losses
 from bn_callbacks.measuring.reach import split
+from bn_callbacks.measuring.rescaling import input_map
 from bn_callbacks.report import BatchNormReport, layer_reports
+from bn_callbacks.statistics.affine import InputMap
 from bn_callbacks.statistics.losses import Family, Losses
 from bn_callbacks.statistics.moments import Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter
@@ -93,7 +95,6 @@ def audit(
     if team.everywhere(is_finite(stored)):
         # Frozen layers, and those that never train, see only this side.
         seen.in_inference(found, in_inference.measure(batches, stored))
-        seen.entry = in_inference.entry
     losses = None
     if targets or has_loss:
         each = EachBatch(targets)
@@ -103,6 +104,7 @@ def audit(
             losses = three_losses(
                 by_batch, solver, batches, read(targets), batch
             ).losses
+    seen.input_map = input_map(in_inference, batches, stored, seen.batch)
     return report_on(found, stored, model, seen, losses)
 
 
@@ -116,7 +118,7 @@ class Seen:
         scatter: How single batches differ.
         share: Variance of the pooled statistics over that of one batch's.
         batch_size: Examples a batch.
-        entry: The layer that no statistics of others reach, if it is known.
+        input_map: What was done to the data, if that is proven.
         has_run: Whether the data went through the model.
     """
 
@@ -125,7 +127,7 @@ class Seen:
     scatter: dict[BatchNormLayer, Scatter | None] = field(default_factory=dict)
     share: float | None = None
     batch_size: float | None = None
-    entry: BatchNormLayer | None = None
+    input_map: InputMap | None = None
     has_run: bool = False
 
     def in_inference(
@@ -161,7 +163,7 @@ class Seen:
             "batch_share": self.share,
             "batch_size": self.batch_size,
             "is_called": not self.has_run or bn in self.batch,
-            "is_entry": bn is self.entry,
+            "input_map": self.input_map,
         }
 
 

@@ -45,8 +45,10 @@ from bn_callbacks.measuring.precision import Precision
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.reach import targets_of
+from bn_callbacks.measuring.rescaling import input_map
 from bn_callbacks.measuring.sample import Examples, examples_in
 from bn_callbacks.report import BatchNormWarning, RecalibrationReport, Shrinkage
+from bn_callbacks.statistics.affine import InputMap
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.warn import warn
 
@@ -97,7 +99,9 @@ def recalibrate(
 
     Nothing in the model changes until all is computed and finite, and nothing but
     the statistics changes then. New statistics that are no nearer to what inference
-    sees than the old ones are not written, and a `BatchNormWarning` says so.
+    sees than the old ones are not written, and a `BatchNormWarning` says so. Another
+    says if the data turn out to be those of training, scaled or shifted: preprocessing
+    is missing or done twice then.
 
     Args:
         model: A built Keras model.
@@ -329,6 +333,8 @@ class Recalibration:
             )
         seen = Seen()
         seen.in_batches(targets, measured, {})
+        if not self._is_brief:
+            seen.input_map = input_map(self._population, self._batches, old, seen.batch)
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen
@@ -366,11 +372,11 @@ class Recalibration:
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
             residuals=(*solution.residuals, *[None] * len(uncalled)),
-            notes=self._notes(measured, residual, is_nearer),
+            notes=self._notes(measured, residual, is_nearer, committed, seen.input_map),
             shrinkage=self._shrinkage,
             _undo=lambda: restore(saved),
         )
-        if not is_nearer:
+        if not is_nearer or seen.input_map is not None:
             warn(report.notes[0], BatchNormWarning)
         if show:
             print(report)
@@ -447,9 +453,27 @@ class Recalibration:
         return solution, loss
 
     def _notes(
-        self, measured: Measurement, residual: float | None, is_nearer: bool
+        self,
+        measured: Measurement,
+        residual: float | None,
+        is_nearer: bool,
+        committed: bool,
+        known: InputMap | None,
     ) -> tuple[str, ...]:
         notes = []
+        if known is not None:
+            done = (
+                "The model is now right for data like these, and wrong for those of "
+                "training. If that is not what you want, take it back by `undo()` of "
+                "the report, and give"
+                if committed
+                else "Nothing was changed. Give"
+            )
+            notes.append(
+                f"The data given differ from those of training by {known} in every "
+                "channel: mapped back, they agree with what all layers stored. "
+                f"{done} the data as training got them."
+            )
         if not is_nearer:
             notes.append(
                 "Nothing was changed: the new statistics would not be nearer to what "

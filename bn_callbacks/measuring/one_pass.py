@@ -19,6 +19,7 @@ from bn_callbacks.layers import (
     team_of,
 )
 from bn_callbacks.measuring.data import Batch, Batches, First, fits
+from bn_callbacks.measuring.mapped import Mapped
 from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.sample import Joined, Sample, examples_in
 from bn_callbacks.measuring.traced import Traced
@@ -28,7 +29,7 @@ from bn_callbacks.statistics.sampling import design_effect
 Until: TypeAlias = Callable[[list[Moments]], bool]
 """Gets the moments of each batch; ends the pass by returning True."""
 
-Source: TypeAlias = Batches | First | Sample | Joined
+Source: TypeAlias = Batches | First | Sample | Joined | Mapped
 
 Show: TypeAlias = Callable[[int], None]
 """Is told how many batches have been read."""

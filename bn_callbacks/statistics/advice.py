@@ -147,12 +147,11 @@ def _tiny_batch(seen: Evidence, measured: Measured, momentum: float | None) -> s
 
 
 def _rescaled(seen: Evidence, measured: Measured, momentum: float | None) -> str:
-    factor = measured.factor or 1.0
-    times = f"{factor:.3g}" if factor >= 1 else f"1/{1 / factor:.3g}"
     return (
-        f"The data given differ from those of training by a factor of {times} in every "
-        "channel: preprocessing is missing, or done twice. Give the data as training "
-        "got them. Do not recalibrate: the model would then be wrong for its own data."
+        f"The data given differ from those of training by {seen.input_map} in every "
+        "channel: preprocessing is missing, done twice, or another. Give the data as "
+        "training got them. Do not recalibrate: the model would then be wrong for its "
+        "own data."
     )
 
 
@@ -163,8 +162,9 @@ def _stale(seen: Evidence, measured: Measured, momentum: float | None) -> str:
     return (
         f"The stored statistics {what}, and nothing shows how that came. Weights "
         "restored or copied without their statistics, a faulty conversion, other "
-        "data, or calls with `training=True` outside `fit` can do it. Recalibrate "
-        "(`recalibrate(model, x)`)."
+        "data, or calls with `training=True` outside `fit` can do it. Check first that "
+        "the data are preprocessed as in training: recalibrating on other data ruins "
+        "the model. Then recalibrate (`recalibrate(model, x)`)."
     )
 
 

@@ -197,10 +197,14 @@ def _unexplained(
     ]
     farthest = max(sizes, default=-1.0)
     is_apart = any(map(_is_apart, evidence, measured))
+    of_batches = CORRELATED_BATCHES if is_apart else BATCH_DEPENDENT
     named = {
         Family.STALE: STALE,
-        Family.BATCHES: CORRELATED_BATCHES if is_apart else BATCH_DEPENDENT,
+        Family.BATCHES: of_batches,
     }
+    if any(map(_is_witness, evidence, measured)):
+        # Inference brings the layers what they store, or they would be stale.
+        named |= {Family.LIKELY: of_batches, Family.UNCLEAR: of_batches}
     causes = []
     for seen, size in zip(evidence, sizes, strict=True):
         is_meant = size >= max(farthest / 2, 0.0)
@@ -227,8 +231,21 @@ def _part(measured: Measured, cause: str) -> float:
 Rule = Callable[[Evidence, Measured], bool]
 
 
+FAR = 1.0
+"""Lag, in standard deviations, that is a witness of its own where losses are unclear:
+every activation is off by as much as it varies."""
+
+
+def _is_witness(seen: Evidence, measured: Measured) -> bool:
+    """Whether the lag tells what losses that few batches make do not prove."""
+    part = max(measured.rest_part, measured.start_part)
+    least = {Family.LIKELY: seen.threshold, Family.UNCLEAR: FAR}
+    return part > least.get(seen.family, math.inf)
+
+
 def _own_cause(seen: Evidence, measured: Measured) -> str:
-    allowed = CAUSES_OF[seen.family]
+    is_witness = _is_witness(seen, measured)
+    allowed = CAUSES_OF[Family.UNKNOWN if is_witness else seen.family]
     return next(
         cause
         for cause, applies in RULES
@@ -298,7 +315,9 @@ def _tiny_batch(seen: Evidence, measured: Measured) -> bool:
 
 
 def _rescaled(seen: Evidence, measured: Measured) -> bool:
-    return measured.factor is not None and measured.start_part < _least(seen)
+    # Proven by the data, mapped back, for all layers at once.
+    is_off = (measured.figures.lag or 0.0) > _least(seen)
+    return seen.input_map is not None and is_off and measured.start_part < _least(seen)
 
 
 def _no_gap(seen: Evidence, measured: Measured) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bn_callbacks.statistics.affine import InputMap
 from bn_callbacks.statistics.lag import distance, lag
 from bn_callbacks.statistics.losses import Family
 from bn_callbacks.statistics.moments import Statistics, pool_replicas
@@ -53,7 +54,8 @@ class Evidence:
         batch_size: Examples a batch.
         last_batch_size: Examples of an epoch's last batch, if it is smaller.
         is_called: Whether anything calls the layer.
-        is_entry: Whether no other BN layer comes before it.
+        input_map: What was done to the data that are given, beside those of training,
+            if that is proven.
         trains: Whether training was seen to ask the layer for the statistics of a
             batch; None where that could not be seen.
         is_still: Whether the statistics were watched and never changed.
@@ -91,7 +93,7 @@ class Evidence:
     batch_size: float | None = None
     last_batch_size: float | None = None
     is_called: bool = True
-    is_entry: bool = False
+    input_map: InputMap | None = None
     trains: bool | None = None
     is_still: bool = False
     is_initial: bool = True
@@ -160,8 +162,6 @@ class Measured:
         stall_part: Error at which updates are rounded away.
         own_noise: Distance between replicas that sampling explains.
         dominance: Largest variance of a batch over a usual one.
-        factor: What all channels' inputs were multiplied by, beside those of
-            training, if they were.
         is_impossible: Whether the start, taken out, leaves a negative variance, so
             that the count of updates is wrong.
     """
@@ -174,7 +174,6 @@ class Measured:
     stall_part: float = 0.0
     own_noise: float = 0.0
     dominance: float = 1.0
-    factor: float | None = None
     is_impossible: bool = False
 
     @property
@@ -225,7 +224,6 @@ def measure(seen: Evidence) -> Measured:
         stall_part=_stall_part(seen),
         own_noise=NOISE_FACTOR * (noise or 0.0),
         dominance=seen.scatter.dominance if seen.scatter else 1.0,
-        factor=_factor(seen),
         is_impossible=is_impossible,
     )
 
@@ -346,45 +344,6 @@ def _disagreement(seen: Evidence) -> float | None:
 def _ordered(seen: Evidence) -> float:
     """Variance that one batch's mean would need to explain a recurring pattern."""
     return (seen.recurrence or 0.0) / (seen.window_share or 1.0)
-
-
-ALIKE = 0.05
-"""Relative spread up to which the channels' ratios are one factor: twice what chance
-makes of one (tests/benchmarks/limits.py)."""
-
-FEW_CHANNELS = 4
-"""With fewer channels, equal ratios are no proof unless the means fit closely."""
-
-LEAST_FACTOR = 2.0
-"""A factor nearer to 1 than this is not called preprocessing."""
-
-
-def _factor(seen: Evidence) -> float | None:
-    """The one factor between all channels of batches and of stored statistics.
-
-    For `x → c·x`, `σ_b = c·σ_m` in every channel and `μ_b = c·μ_m`. Channels without
-    variance say nothing; a single channel can show it by its mean alone.
-    """
-    if seen.batch is None or not seen.is_entry:
-        return None
-    varies = (seen.moving.variance > 10 * seen.epsilon**2) & (seen.batch.variance > 0)
-    if not varies.any():
-        return None
-    batch = Statistics(*(part[varies] for part in seen.batch))
-    moving = Statistics(*(part[varies] for part in seen.moving))
-    ratios = np.sqrt(batch.variance / moving.variance)
-    factor = float(np.median(ratios))
-    if not np.isfinite(ratios).all() or not 0 < factor < math.inf:
-        return None
-    off = np.sqrt(np.mean(np.square(ratios / factor - 1)))
-    shift = (batch.mean - factor * moving.mean) / np.sqrt(batch.variance)
-    size = np.sqrt(np.mean(batch.mean**2 / batch.variance))
-    # Means around 0 fit any factor, and so prove none; a bias before the layer, which
-    # the data do not scale, may move the others, but not most of the way.
-    least = 0.1 if len(ratios) < FEW_CHANNELS else math.inf
-    is_one = off < ALIKE and np.sqrt(np.mean(shift**2)) < min(least, 0.4 * size)
-    is_large = max(factor, 1 / factor) >= LEAST_FACTOR
-    return factor if is_one and is_large else None
 
 
 def _stall_part(seen: Evidence) -> float:

@@ -61,6 +61,10 @@ STANDARD_ERRORS = 3.0
 """Standard errors that a difference must exceed as well: of 57 small trainings a
 healthy one has shown a gap of 1.53 at 2.5 of them."""
 
+LIKELY_LIMIT = 10.0
+"""`I/B` that is no chance beside a lag, though few batches make it: those that a
+classifier gets wrong may have losses of thousands, and too large a standard error."""
+
 LONELY_LIMIT = 2.5
 """Least ratio that counts where a single batch leaves no standard error: of healthy
 models single batches have reached 2.2."""
@@ -170,6 +174,7 @@ class Family(enum.Enum):
     HELPED = "the gap is small, and still recalibrating helps"
     BATCHES = "no fixed statistics can do what those of batches do"
     ADAPTED = "recalibrating would harm: the weights have adapted to what is stored"
+    LIKELY = "there is a large gap, though few batches make it: the lag decides"
     UNCLEAR = "there is a gap, but so few batches prove none"
 
 
@@ -222,8 +227,14 @@ def _batches(seen: Losses) -> bool:
 
 
 def _adapted(seen: Losses) -> bool:
-    """R ≫ I."""
-    return seen.exceeds("recalibrated", "inference", HARM_LIMIT)
+    """R ≫ I; whose weights have adapted does no worse in inference than in batches."""
+    return not _likely(seen) and seen.exceeds("recalibrated", "inference", HARM_LIMIT)
+
+
+def _likely(seen: Losses) -> bool:
+    """I ≫ B, though chance may do it: what the lag shows stands."""
+    gap = seen.ratio("inference", "batch")
+    return gap is not None and gap >= LIKELY_LIMIT
 
 
 def _unclear(seen: Losses) -> bool:
@@ -268,6 +279,7 @@ BATCH_CAUSES = frozenset(
     }
 )
 ADAPTED_CAUSES = frozenset({INFERENCE_MODE, TINY_BATCH, NON_FINITE})
+UNCLEAR_CAUSES = frozenset({NON_FINITE, CORRELATED_BATCHES})
 ALL_CAUSES = STALE_CAUSES | BATCH_CAUSES | ADAPTED_CAUSES
 
 FAMILIES = (
@@ -277,7 +289,8 @@ FAMILIES = (
     Row(Family.HELPED, _helped, STALE_CAUSES),
     Row(Family.BATCHES, _batches, BATCH_CAUSES),
     Row(Family.ADAPTED, _adapted, ADAPTED_CAUSES),
-    Row(Family.UNCLEAR, _unclear, frozenset({NON_FINITE, CORRELATED_BATCHES})),
+    Row(Family.LIKELY, _likely, UNCLEAR_CAUSES),
+    Row(Family.UNCLEAR, _unclear, UNCLEAR_CAUSES),
     Row(Family.INNOCENT, lambda seen: True, frozenset({NON_FINITE})),
 )
 """The first row that fits decides. Remedies: nothing for innocent BN; recalibrate stale

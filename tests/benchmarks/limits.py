@@ -38,7 +38,7 @@ from bn_callbacks.measuring import probe as probes  # noqa: E402
 from bn_callbacks.measuring.consistent import known, lags  # noqa: E402
 from bn_callbacks.measuring.data import Batches  # noqa: E402
 from bn_callbacks.measuring.one_pass import Population  # noqa: E402
-from bn_callbacks.statistics import diagnosis, evidence, losses  # noqa: E402
+from bn_callbacks.statistics import affine, diagnosis, evidence, losses  # noqa: E402
 from bn_callbacks.statistics.evidence import Evidence, Measured, measure  # noqa: E402
 from bn_callbacks.statistics.moments import Statistics  # noqa: E402
 from bn_callbacks.statistics.moving_average import window_noise  # noqa: E402
@@ -321,7 +321,7 @@ LIMITS = (
         (unsolved_twins, ("twelve layers called twice",)),
     ),
     limit(
-        evidence,
+        affine,
         "ALIKE",
         "spread of the channels' ratios",
         spread,

@@ -1,0 +1,144 @@
+"""Data that are those of training, scaled and shifted: `x → a·x + b`.
+
+Other units, missing preprocessing and preprocessing done twice are such maps. What a
+linear layer with kernel `w` and bias `c` makes of `x` has the mean `w·μ + c` and the
+variance `w·Σ·w`; of `a·x + b` it has
+
+    σ' = |a|·σ,    m' = a·(m − c) + b·Σw + c,
+
+so at the first BN layer all standard deviations have one factor, whatever the kernel
+is, while the means need not. One factor alone proves nothing: weights that have grown
+alike, variances divided by a constant and batches of constant inputs show it too. So a
+factor is only a reason to look further: data that are mapped back must agree with what
+*all* layers store (`measuring/mapped.py`), which no statistics do that are stale.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from bn_callbacks.statistics.moments import Statistics
+
+ALIKE = 0.05
+"""Relative spread up to which the channels' ratios are one factor: twice what chance
+makes of one (tests/benchmarks/limits.py)."""
+
+LEAST_FACTOR = 1.5
+"""A factor nearer to 1 than this is not called preprocessing: the least that anybody
+means is the 2 between [0, 1] and [-1, 1]."""
+
+PROPORTIONAL = 0.1
+"""Distance in standard deviations up to which means are scaled as the variances are."""
+
+FEW_CHANNELS = 4
+"""With fewer channels, equal ratios and means are no proof."""
+
+SHIFTED = 0.1
+"""Shift of the first layer's means, in standard deviations, up to which it is none."""
+
+
+class InputMap(NamedTuple):
+    """What has been done to the data: `given = factor·trained + shift`."""
+
+    factor: float
+    shift: float = 0.0
+
+    def __str__(self) -> str:
+        a = self.factor
+        text = f"a factor of {f'{a:.3g}' if a >= 1 else f'1/{1 / a:.3g}'}"
+        return f"{text} and a shift of {self.shift:.3g}" if self.shift else text
+
+
+def common_factor(
+    batch: Statistics, moving: Statistics, epsilon: float
+) -> float | None:
+    """The one factor between the standard deviations of all channels.
+
+    The median of `σ_b/σ_m`, if no more than `ALIKE` lies between it and the others (as
+    a root of the mean square), and it is at least `LEAST_FACTOR` away from 1. Channels
+    without variance say nothing.
+
+    Args:
+        batch: Statistics of the first BN layer's input.
+        moving: What it stores.
+        epsilon: The layer's epsilon.
+
+    Returns:
+        The factor; None where there is none.
+
+    Examples:
+        >>> stored = Statistics(np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0]))
+        >>> given = Statistics(np.arange(4.0), 9 * stored.variance)
+        >>> common_factor(given, stored, epsilon=1e-3)
+        3.0
+    """
+    varies = (moving.variance > 10 * epsilon**2) & (batch.variance > 0)
+    if not varies.any():
+        return None
+    ratios = np.sqrt(batch.variance[varies] / moving.variance[varies])
+    factor = float(np.median(ratios))
+    if not np.isfinite(ratios).all() or not 0 < factor < math.inf:
+        return None
+    off = math.sqrt(float(np.mean(np.square(ratios / factor - 1))))
+    is_large = max(factor, 1 / factor) >= LEAST_FACTOR
+    return factor if off < ALIKE and is_large else None
+
+
+def is_proportional(batch: Statistics, moving: Statistics, factor: float) -> bool:
+    """Whether means far from 0 are scaled by the very factor of the deviations.
+
+    Then nothing but a factor is left to explain: an average that is stale has other
+    means, and one divided by a constant has means divided by its square.
+
+    Args:
+        batch: Statistics of a layer's input.
+        moving: What it stores.
+        factor: The one factor of all its standard deviations.
+
+    Examples:
+        >>> stored = Statistics(np.arange(5.0), np.ones(5))
+        >>> is_proportional(Statistics(3 * stored.mean, np.full(5, 9.0)), stored, 3.0)
+        True
+    """
+    varies = (moving.variance > 0) & (batch.variance > 0)
+    if varies.sum() < FEW_CHANNELS:
+        return False
+    sigma = np.sqrt(batch.variance[varies])
+    off, size = (
+        math.sqrt(float(np.mean(np.square(part[varies] / sigma))))
+        for part in (batch.mean - factor * moving.mean, batch.mean)
+    )
+    return off < PROPORTIONAL * min(1.0, size)
+
+
+def shift_between(
+    unshifted: Statistics, shifted: Statistics, wanted: Statistics
+) -> float:
+    """How far data have to be shifted for the first layer to have the means it stores.
+
+    Its means move in proportion to a shift of all inputs: by `d = shifted − unshifted`
+    a unit. The least squares `s` of `unshifted + s·d = wanted` is `Σd·e/Σd²`, where
+    `e = wanted − unshifted`, each in standard deviations. Less than `SHIFTED` is 0, as
+    is the answer where kernels add up to nothing and do not mind.
+
+    Args:
+        unshifted: What the layer has with data as they are.
+        shifted: What it has with 1 added to all data.
+        wanted: What it stores.
+
+    Examples:
+        >>> zero, one = (Statistics(np.full(3, m), np.ones(3)) for m in (0.0, 2.0))
+        >>> shift_between(zero, one, Statistics(np.full(3, 5.0), np.ones(3)))
+        2.5
+    """
+    varies = wanted.variance > 0
+    sigma = np.sqrt(wanted.variance[varies])
+    d, e = (
+        (part.mean[varies] - unshifted.mean[varies]) / sigma
+        for part in (shifted, wanted)
+    )
+    size = float(d @ d)
+    shift = float(d @ e) / size if size > 0 else 0.0
+    is_felt = abs(shift) * math.sqrt(size / max(len(d), 1)) > SHIFTED
+    return shift if is_felt else 0.0
