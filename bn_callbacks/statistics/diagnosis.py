@@ -38,6 +38,7 @@ from bn_callbacks.statistics.evidence import (
     Figures,
     Measured,
     measure,
+    ordered_effect,
     scatter_of_means,
 )
 from bn_callbacks.statistics.lag import lag
@@ -342,10 +343,26 @@ def _correlated(seen: Evidence, measured: Measured) -> bool:
     scatter = scatter_of_means(seen, measured.stream)
     if _is_without_gap(seen) and scatter < CRIPPLING:
         return False
-    if seen.is_grouped:
+    effect = measured.figures.design_effect or 0.0
+    if _is_refuted(seen):
+        effect = ordered_effect(seen)
+    elif seen.is_grouped:
         return True
     is_large = scatter > max(_least(seen), measured.start_part / 2)
-    return (measured.figures.design_effect or 0.0) > DESIGN_LIMIT and is_large
+    return effect > DESIGN_LIMIT and is_large
+
+
+def _is_refuted(seen: Evidence) -> bool:
+    """Whether a probe shows that it is not the batches which differ.
+
+    Weights that leap from step to step shift the means of batches as grouped examples
+    do. Through a probe the weights rest: if its batches differ no more than random
+    ones, and fixed statistics will do for all of them, it was the weights. What recurs
+    in each epoch is no leap, though, and stands: a probe may be of one group alone.
+    """
+    if seen.probe_effect is None or seen.family is Family.BATCHES:
+        return False
+    return seen.probe_effect <= APART_LIMIT
 
 
 def _replicas_differ(seen: Evidence, measured: Measured) -> bool:

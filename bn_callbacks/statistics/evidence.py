@@ -317,6 +317,11 @@ def _design_effect(seen: Evidence, stream: Stream | None) -> float | None:
     return variance * max(seen.batch_size - 1, 0)
 
 
+def ordered_effect(seen: Evidence) -> float:
+    """The design effect that examples in an order prove, which each epoch repeats."""
+    return _ordered(seen) * max((seen.batch_size or 0.0) - 1, 0.0)
+
+
 def scatter_of_means(seen: Evidence, stream: Stream | None) -> float:
     """Standard deviation of a batch's mean, in standard deviations of its values."""
     variance = _variance_of_means(seen, stream) or 0.0

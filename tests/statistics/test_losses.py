@@ -11,6 +11,7 @@ from bn_callbacks.statistics import causes
 from bn_callbacks.statistics.losses import (
     BATCH_LIMIT,
     CAUSES_OF,
+    FACTS,
     FAMILIES,
     GAP_LIMIT,
     LONELY_LIMIT,
