@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_callbacks.layers import BatchNormLayer
+from bn_callbacks.layers import BatchNormLayer, OwnCall, own_call
 from bn_callbacks.statistics.evidence import Evidence
 from bn_callbacks.statistics.moments import Statistics
 
@@ -36,6 +36,7 @@ def evidence_of(
         moving=moving,
         trainable=bn.trainable,
         precision=bn.precision,
+        is_opaque=own_call(bn.layer) is OwnCall.UNKNOWN,
         is_initial=all(map(np.array_equal, began, bn.initial)),
         **seen,
     )

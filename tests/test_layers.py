@@ -405,7 +405,9 @@ def test_a_fingerprint_changes_with_the_weights_and_back(depth: int) -> None:
     for _ in range(depth):
         model.add(layers.Dense(2))
     fingerprint = Fingerprint(model)
-    assert len(fingerprint()) <= SAMPLED_VALUES * SAMPLED_WEIGHTS
+    sizes = list(map(len, fingerprint()))
+    assert len(sizes) <= SAMPLED_WEIGHTS
+    assert max(sizes, default=0) <= SAMPLED_VALUES
     before, weights = fingerprint(), model.get_weights()
     model.set_weights([weight + 1 for weight in weights])
     assert fingerprint.is_replaced(before) is (depth > 0)
@@ -414,6 +416,21 @@ def test_a_fingerprint_changes_with_the_weights_and_back(depth: int) -> None:
     # An average of weights that rest differs by thousandths.
     model.set_weights([weight * 1.001 for weight in weights])
     assert not fingerprint.is_replaced(before)
+
+
+def test_one_matrix_that_is_replaced_is_not_hidden_by_others() -> None:
+    model = keras.Sequential([keras.Input((200,)), layers.Dense(40), layers.Dense(2)])
+    large, _, small, bias = model.trainable_variables
+    large.assign(100 + large)
+    fingerprint = Fingerprint(model)
+    before = fingerprint()
+    assert fingerprint.is_same(before)
+    # A vector next to nothing may change by itself: what matters is all together.
+    bias.assign(bias + 1e-3)
+    assert not fingerprint.is_same(before)
+    assert not fingerprint.is_replaced(before)
+    small.assign(1.02 * small)
+    assert fingerprint.is_replaced(before)
 
 
 @pytest.mark.skipif(KERAS < (3, 4), reason="this Keras does not accumulate gradients")

@@ -116,6 +116,10 @@ class BatchNormMonitor(BatchNormCallback):
 
     _DATA = ("probe",)
 
+    # Keras need not wait for a step because of `on_train_batch_end`, which other
+    # threads may run.
+    async_safe = True
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str] | None = None,
@@ -250,6 +254,12 @@ class BatchNormMonitor(BatchNormCallback):
         if is_due and self._writer is not None and self._may_write():
             self._write(self._writer, self._make_report(watch))
 
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        if self._watch is not None and self._is_fitting:
+            self._watch.end_step(batch)
+
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._watch is not None and self._is_fitting:
             self._watch.end_steps()
@@ -271,7 +281,9 @@ class BatchNormMonitor(BatchNormCallback):
             self._unsaid = f"Epoch {epoch + 1}: {report}"
         if not (self.params or {}).get("verbose"):
             self._say()
-        if report.unknown and self._is_chief and not self._has_warned:
+        # What others have just put in was not there in training.
+        is_unknown = report.unknown and not watch.is_written
+        if is_unknown and self._is_chief and not self._has_warned:
             self._has_warned = True
             warn_of_unknown(report, self.params)
         self._tell(watch)

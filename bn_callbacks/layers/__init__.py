@@ -47,6 +47,7 @@ from bn_callbacks.layers.modes import (
     runs_in_training_mode,
     stateless,
 )
+from bn_callbacks.layers.own_call import OwnCall, own_call
 from bn_callbacks.layers.state import (
     Reader,
     Snapshot,
@@ -67,6 +68,7 @@ __all__ = [
     "InputLayout",
     "LayerSelection",
     "LossMetric",
+    "OwnCall",
     "Reader",
     "Snapshot",
     "assign",
@@ -90,6 +92,7 @@ __all__ = [
     "leave_evaluations",
     "lend",
     "memory_of",
+    "own_call",
     "pinned_in_graph",
     "read",
     "read_replicas",

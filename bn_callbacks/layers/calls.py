@@ -8,6 +8,7 @@ is not traced). Watching them changes nothing that is computed.
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import tensorflow as tf
 
 from bn_callbacks.layers.facts import has_own_train_step
 from bn_callbacks.layers.find import BatchNormLayer
+from bn_callbacks.layers.own_call import OwnCall, own_call
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Calls:
     Args:
         updates: Updates of its moving averages; None where it could not be seen.
         is_called: Whether anything called it; None where it could not be seen.
-        trains: Whether a call asked for the statistics of a batch; None likewise.
+        trains: Whether a call used the statistics of a batch; None likewise.
     """
 
     updates: int | None
@@ -48,6 +50,7 @@ class _Tally:
     graph: Any
     called: Counter[keras.layers.Layer] = field(default_factory=Counter)
     updated: Counter[keras.layers.Layer] = field(default_factory=Counter)
+    told: set[keras.layers.Layer] = field(default_factory=set)
     unsure: set[keras.layers.Layer] = field(default_factory=set)
 
 
@@ -107,11 +110,20 @@ class CallWatch:
                     total.unsure.add(layer)
             total.called.update(tally.called)
             total.unsure |= tally.unsure
+            total.told |= tally.told
         function = getattr(self._model, "train_function", None) if is_fit else None
         _seen[self._model] = function, total
 
-    def note(self, layer: keras.layers.Layer, is_update: bool) -> None:
-        """Counts a call of the layer, or an update of its statistics."""
+    def note(
+        self, layer: keras.layers.Layer, is_update: bool, is_told: bool = False
+    ) -> None:
+        """Counts a call of the layer, or an update of its statistics.
+
+        Args:
+            layer: The layer.
+            is_update: Whether it is an update.
+            is_told: Whether it is a call with `training=True`.
+        """
         if getattr(_own, "is_calling", False):
             return
         graphs = _graphs()
@@ -132,6 +144,8 @@ class CallWatch:
                     del self._tallies[each]
             self._tallies[key] = tally = _Tally(root)
         (tally.updated if is_update else tally.called)[layer] += 1
+        if is_told:
+            tally.told.add(layer)
         # In a loop, or a function run often, one traced update is several.
         if is_update and graphs and graphs[0] is not root:
             tally.unsure.add(layer)
@@ -163,8 +177,9 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
     def counting(own: Callable[..., Any], is_update: bool) -> Callable[..., Any]:
         @functools.wraps(own)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            told = not is_update and _is_told(own, args, kwargs)
             for each in list(listeners):
-                each.note(layer, is_update)
+                each.note(layer, is_update, told)
             return own(*args, **kwargs)
 
         setattr(counted, COUNTING, True)
@@ -173,6 +188,11 @@ def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
     for name, is_update in _NAMES.items():
         if name not in vars(layer):
             vars(layer)[name] = counting(getattr(layer, name), is_update)
+
+
+def _is_told(call: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+    return given.get("training") is True
 
 
 def _restore(layer: keras.layers.Layer) -> None:
@@ -218,7 +238,15 @@ def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls
             Calls(
                 updates=(count or bn.calls) if is_sure else None,
                 is_called=tally.called[bn.layer] > 0 or count > 0,
-                trains=count > 0,
+                trains=count > 0 or _trains_silently(bn, bn.layer in tally.told),
             )
         )
     return found
+
+
+def _trains_silently(bn: BatchNormLayer, is_told: bool) -> bool | None:
+    """Whether a layer uses batches without asking for their statistics."""
+    kind = own_call(bn.layer)
+    if kind in (OwnCall.ASKS, OwnCall.NEVER) or not (is_told and bn.trainable):
+        return False
+    return True if kind is OwnCall.ALIKE else None

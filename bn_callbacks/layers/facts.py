@@ -88,7 +88,7 @@ class LossMetric:
 _COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
 
 
-SAMPLED_WEIGHTS = 32
+SAMPLED_WEIGHTS = 64
 """Variables looked at in a fingerprint, spread over the model."""
 
 SAMPLED_VALUES = 256
@@ -103,33 +103,50 @@ differ by a ten-thousandth and do no harm, those of weights that move by a tenth
 class Fingerprint:
     """Tells whether the weights of a model have been replaced.
 
-    A few weights suffice, since averaging or restoring changes all of them.
+    Averaging or restoring changes all of them, a constraint of somebody's own perhaps
+    a single matrix: each matrix is held against itself. Vectors, which may be next to
+    nothing, are held against all weights together.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        variables = model.trainable_variables
+        # Matrices first, for vectors say little.
+        variables = sorted(model.trainable_variables, key=lambda v: len(v.shape) < 2)
         every = math.ceil(len(variables) / SAMPLED_WEIGHTS) or 1
         self._values = [variable.value for variable in variables[::every]]
 
-    def __call__(self) -> NDArray[np.float64]:
-        """The sample, as it is now."""
+    def __call__(self) -> list[NDArray[np.float64]]:
+        """The sample, as it is now: a part of each variable."""
         # Not compiled: a trace in each `fit` would cost more than it would save.
-        parts = [
+        return [
             tf.reshape(value, [-1])[:SAMPLED_VALUES].numpy().astype(np.float64)
             for value in self._values
         ]
-        return np.concatenate([*parts, np.zeros(0)])
 
-    def is_replaced(self, before: NDArray[np.float64]) -> bool:
+    def is_replaced(self, before: list[NDArray[np.float64]]) -> bool:
         """Whether the weights have changed since a sample was taken."""
         now = self()
-        with np.errstate(all="ignore"):
-            change = float(np.linalg.norm(now - before))
-            size = float(np.linalg.norm(before))
-        return change > REPLACED * size
+        change, size = _change(before, now)
+        changed = float(np.linalg.norm(change)) > REPLACED * float(np.linalg.norm(size))
+        is_matrix = np.array([len(value.shape) > 1 for value in self._values], bool)
+        return changed or bool((change > REPLACED * size)[is_matrix].any())
+
+    def is_same(self, before: list[NDArray[np.float64]]) -> bool:
+        """Whether nobody has touched the weights since a sample was taken."""
+        pairs = zip(before, self(), strict=True)
+        return all(np.array_equal(old, new, equal_nan=True) for old, new in pairs)
+
+
+def _change(
+    before: list[NDArray[np.float64]], now: list[NDArray[np.float64]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far each variable has gone, and how large it was."""
+    with np.errstate(all="ignore"):
+        pairs = zip(before, now, strict=True)
+        change = [np.linalg.norm(new - old) for old, new in pairs]
+        return np.array(change), np.array([np.linalg.norm(old) for old in before])
 
 
 def count_inputs(model: keras.Model) -> int | None:

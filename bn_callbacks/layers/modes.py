@@ -15,6 +15,7 @@ from keras.src.losses import loss as _loss
 from bn_callbacks.layers.calls import unheard
 from bn_callbacks.layers.facts import pinned_in_graph
 from bn_callbacks.layers.find import BatchNormLayer, MomentsFunction, nodes_of
+from bn_callbacks.layers.own_call import OwnCall, own_call
 
 
 def runs_in_training_mode(
@@ -40,14 +41,14 @@ def runs_in_training_mode(
     asks: dict[BatchNormLayer, bool] = {}
 
     def observe(bn: BatchNormLayer) -> dict[str, Any]:
-        own_call, own_moments = bn.layer.call, bn.layer._moments
+        own, own_moments = _standing_in(bn), bn.layer._moments
 
-        @functools.wraps(own_call)
+        @functools.wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
             asks.setdefault(bn, False)
             if bn.named:
-                return _with_training(own_call, True, args, kwargs)
-            return own_call(*args, **kwargs)
+                return _with_training(own, True, args, kwargs)
+            return own(*args, **kwargs)
 
         def moments(*args: Any, **kwargs: Any) -> Any:
             asks[bn] = True
@@ -69,13 +70,21 @@ def runs_in_training_mode(
     return [asks.get(bn) for bn in layers]
 
 
+def _standing_in(bn: BatchNormLayer) -> Callable[..., Any]:
+    """The layer's `call`, or Keras', where it does the same and does not tell."""
+    own: Callable[..., Any] = bn.layer.call
+    if own_call(bn.layer) is OwnCall.ALIKE:
+        own = keras.layers.BatchNormalization.call.__get__(bn.layer)
+    return own
+
+
 def _is_plain(layer: keras.layers.Layer) -> bool:
     """Whether a layer surely runs all BN layers in it, with the `training` it gets.
 
     Keras' own layers and graphs of them do. Of others only a trace can tell.
     """
     if isinstance(layer, keras.layers.BatchNormalization):
-        return type(layer).call is keras.layers.BatchNormalization.call
+        return _is_keras(type(layer).call)
     children = layer._layers
     if not children:
         return True
@@ -90,6 +99,10 @@ def _is_plain(layer: keras.layers.Layer) -> bool:
         child for child in children if not isinstance(child, keras.layers.InputLayer)
     )
     return all(id(child) in called and _is_plain(child) for child in ours)
+
+
+def _is_keras(call: Any) -> bool:
+    return call is keras.layers.BatchNormalization.call
 
 
 _FUNCTIONAL = "keras.src.models.functional"
@@ -183,8 +196,8 @@ def batch_mode(
     starting: list[Any] = []
 
     def call(bn: BatchNormLayer) -> Callable[..., Any]:
-        own = bn.layer.call
-        is_plain = type(bn.layer).call is keras.layers.BatchNormalization.call
+        own = _standing_in(bn)
+        is_plain = _is_keras(type(bn.layer).call) or own_call(bn.layer) is OwnCall.ALIKE
         whole = fused(bn) if fused is not None and is_plain else None
 
         @functools.wraps(own)

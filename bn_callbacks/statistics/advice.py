@@ -159,6 +159,14 @@ def _stale(seen: Evidence, measured: Measured, momentum: float | None) -> str:
     what = "are not those of these weights and data"
     if (seen.moving.variance < 0).any():
         what = "have a negative variance, which no average of batches has"
+    if seen.is_touched:
+        return (
+            "The stored statistics changed after the last training step, though no "
+            "training step was made: something else has called the layer with "
+            "`training=True` (dropout that is to stay active, for one), or has written "
+            "them. Make such calls with `training=False`, or leave BN out of them, and "
+            "recalibrate (`recalibrate(model, x)`)."
+        )
     return (
         f"The stored statistics {what}, and nothing shows how that came. Weights "
         "restored or copied without their statistics, a faulty conversion, other "

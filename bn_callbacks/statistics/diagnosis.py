@@ -38,6 +38,7 @@ from bn_callbacks.statistics.evidence import (
     Figures,
     Measured,
     measure,
+    ordered_effect,
     scatter_of_means,
 )
 from bn_callbacks.statistics.lag import lag
@@ -64,6 +65,11 @@ APART_LIMIT = 2.5
 statistics will do, which drift does not bring about: random batches reach 2.5 at
 most."""
 
+CRIPPLING = 0.5
+"""Standard deviations by which the means of batches, or replicas, must differ to be
+named though the losses of a probe agree: a fifth of all variance is between them, and
+is lost to whoever normalises with those of a batch."""
+
 VARIATION_LIMIT = 3.0
 """Variation of batch variances that outliers cause: 7 with outliers, at most 1.5
 elsewhere; this is the geometric middle."""
@@ -72,6 +78,10 @@ DOMINANCE_LIMIT = 20.0
 """Largest batch variance over a usual one that outliers cause: recordings whose
 gains differ by a factor of 10 show 3 (`one_patient_a_batch` in tests/causes), a column
 that is hardly ever other than 0 shows 30, wild values hundreds."""
+
+FEW = 8
+"""Examples a batch from which the variances of batches vary less than those of single
+examples, by `1/sqrt(B)`; with fewer, outliers have to show so much more clearly."""
 
 TINY = 2
 """Examples a batch up to which batch statistics are useless; nobody means them."""
@@ -257,6 +267,10 @@ def _is_proven(seen: Evidence) -> bool:
     return seen.family in (Family.STALE, Family.BATCHES)
 
 
+def _is_without_gap(seen: Evidence) -> bool:
+    return seen.family in (Family.INNOCENT, Family.ADAPTED)
+
+
 def _least(seen: Evidence) -> float:
     """Size that a mechanism must have to be named."""
     return seen.threshold * (PROVEN if _is_proven(seen) else 1.0)
@@ -273,7 +287,8 @@ def _non_finite(seen: Evidence, measured: Measured) -> bool:
 def _unexpected_update(seen: Evidence, measured: Measured) -> bool:
     if (seen.trainable and not seen.is_pinned) or seen.is_still or not seen.updates:
         return False
-    if seen.start is None:
+    # New layers have nothing to keep, and nobody is harmed if they learn it.
+    if seen.start is None or (seen.is_initial and _is_without_gap(seen)):
         return False
     # It moved, but only a move that matters is worth a word.
     return lag(seen.moving, seen.start, seen.epsilon) > _least(seen)
@@ -291,12 +306,15 @@ def _impossible(seen: Evidence, measured: Measured) -> bool:
 def _not_updating(seen: Evidence, measured: Measured) -> bool:
     if not seen.is_still:
         return False
-    uses_batches = _is_proven(seen) or (seen.is_initial and seen.trains)
+    uses_batches = _is_proven(seen) or (seen.is_initial and bool(seen.trains))
     return uses_batches or (seen.momentum == 1 and seen.is_initial)
 
 
 def _inference_mode(seen: Evidence, measured: Measured) -> bool:
-    return seen.is_still and seen.is_initial and not seen.trains
+    if not (seen.is_still and seen.is_initial):
+        return False
+    # A layer that does something of its own in training mode may use batches or not.
+    return not seen.trains and not seen.is_opaque
 
 
 def _pinned_on_purpose(seen: Evidence, measured: Measured) -> bool:
@@ -308,8 +326,9 @@ def _tiny_batch(seen: Evidence, measured: Measured) -> bool:
     stream = measured.stream
     if stream is None or seen.windows is None:
         return False
-    if seen.batch_size is not None and seen.batch_size <= TINY:
-        return math.sqrt(stream.mean_noise) > seen.threshold
+    if _is_tiny(seen):
+        # In its mean or in its scale: examples may differ in loudness alone.
+        return math.sqrt(stream.noise) > seen.threshold
     # A dense layer sees one value a channel: no batch has any variance.
     return bool(np.max(seen.windows.variance) <= seen.epsilon * 1e-3)
 
@@ -320,35 +339,64 @@ def _rescaled(seen: Evidence, measured: Measured) -> bool:
     return seen.input_map is not None and is_off and measured.start_part < _least(seen)
 
 
-def _no_gap(seen: Evidence, measured: Measured) -> bool:
-    return seen.family in (Family.INNOCENT, Family.ADAPTED)
-
-
 def _low_precision(seen: Evidence, measured: Measured) -> bool:
     return measured.stall_part > _least(seen)
 
 
+def _is_tiny(seen: Evidence) -> bool:
+    return seen.batch_size is not None and seen.batch_size <= TINY
+
+
 def _outliers(seen: Evidence, measured: Measured) -> bool:
-    if measured.dominance > DOMINANCE_LIMIT:
+    # One example's variance may be many times another's: it takes a batch of several
+    # to call that wild, the more so the fewer they are.
+    if _is_tiny(seen):
+        return False
+    few = math.sqrt(max(1.0, FEW / (seen.batch_size or FEW)))
+    if measured.dominance > DOMINANCE_LIMIT * few**2:
         return True
-    return (measured.figures.batch_variation or 0.0) > VARIATION_LIMIT
+    return (measured.figures.batch_variation or 0.0) > VARIATION_LIMIT * few
 
 
 def _correlated(seen: Evidence, measured: Measured) -> bool:
-    if seen.is_grouped:
-        return True
     scatter = scatter_of_means(seen, measured.stream)
+    if _is_without_gap(seen) and scatter < CRIPPLING:
+        return False
+    effect = measured.figures.design_effect or 0.0
+    if _is_refuted(seen):
+        effect = ordered_effect(seen)
+    elif seen.is_grouped:
+        return True
     is_large = scatter > max(_least(seen), measured.start_part / 2)
-    return (measured.figures.design_effect or 0.0) > DESIGN_LIMIT and is_large
+    return effect > DESIGN_LIMIT and is_large
+
+
+def _is_refuted(seen: Evidence) -> bool:
+    """Whether a probe shows that it is not the batches which differ.
+
+    Weights that leap from step to step shift the means of batches as grouped examples
+    do. Through a probe the weights rest: if its batches differ no more than random
+    ones, and fixed statistics will do for all of them, it was the weights. What recurs
+    in each epoch is no leap, though, and stands: a probe may be of one group alone.
+    """
+    if seen.probe_effect is None or seen.family is Family.BATCHES:
+        return False
+    return seen.probe_effect <= APART_LIMIT
 
 
 def _replicas_differ(seen: Evidence, measured: Measured) -> bool:
     apart = measured.figures.disagreement or 0.0
+    if _is_without_gap(seen) and apart < CRIPPLING:
+        return False
     return apart > max(_least(seen), measured.own_noise)
 
 
 def _replaced(seen: Evidence, measured: Measured) -> bool:
     return seen.are_weights_replaced
+
+
+def _touched(seen: Evidence, measured: Measured) -> bool:
+    return seen.is_touched and _rest(seen, measured)
 
 
 def _mixed_calls(seen: Evidence, measured: Measured) -> bool:
@@ -408,10 +456,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (INFERENCE_MODE, _inference_mode),
     (HEALTHY, _pinned_on_purpose),
     (TINY_BATCH, _tiny_batch),
-    (HEALTHY, _no_gap),
     (RESCALED_INPUTS, _rescaled),
     (LOW_PRECISION, _low_precision),
     (REPLICAS_DIFFER, _replicas_differ),
+    (STALE, _touched),
     (OUTLIERS, _outliers),
     (CORRELATED_BATCHES, _correlated),
     (WEIGHTS_REPLACED, _replaced),

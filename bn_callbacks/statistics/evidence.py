@@ -58,6 +58,8 @@ class Evidence:
             if that is proven.
         trains: Whether training was seen to ask the layer for the statistics of a
             batch; None where that could not be seen.
+        is_opaque: Whether the layer does something of its own in training mode, which
+            can be neither seen nor measured.
         is_still: Whether the statistics were watched and never changed.
         is_initial: Whether they began as the values a new layer has.
         is_pinned: Whether the model's graph stores `training=False` for the layer.
@@ -65,6 +67,7 @@ class Evidence:
             less than float32.
         has_mixed_calls: Whether one step calls the layer several times.
         are_weights_replaced: Whether weights changed after the last update.
+        is_touched: Whether the statistics changed after the last training step.
         is_grouped: Whether batches have been proven to be no random sample before.
         probe_effect: Design effect of the batches of a probe, through which the weights
             do not move, and whose sizes are known.
@@ -95,12 +98,14 @@ class Evidence:
     is_called: bool = True
     input_map: InputMap | None = None
     trains: bool | None = None
+    is_opaque: bool = False
     is_still: bool = False
     is_initial: bool = True
     is_pinned: bool = False
     precision: float | None = None
     has_mixed_calls: bool = False
     are_weights_replaced: bool = False
+    is_touched: bool = False
     is_grouped: bool = False
     probe_effect: float | None = None
     family: Family = Family.UNKNOWN
@@ -308,6 +313,11 @@ def _design_effect(seen: Evidence, stream: Stream | None) -> float | None:
         return None
     variance = max(variance, _ordered(seen))
     return variance * max(seen.batch_size - 1, 0)
+
+
+def ordered_effect(seen: Evidence) -> float:
+    """The design effect that examples in an order prove, which each epoch repeats."""
+    return _ordered(seen) * max((seen.batch_size or 0.0) - 1, 0.0)
 
 
 def scatter_of_means(seen: Evidence, stream: Stream | None) -> float:

@@ -276,10 +276,23 @@ BATCH_CAUSES = frozenset(
         NON_FINITE,
         # Replicas whose shares differ are batches that differ.
         REPLICAS_DIFFER,
+        UNEXPECTED_UPDATE,
     }
 )
-ADAPTED_CAUSES = frozenset({INFERENCE_MODE, TINY_BATCH, NON_FINITE})
-UNCLEAR_CAUSES = frozenset({NON_FINITE, CORRELATED_BATCHES})
+FACTS = frozenset(
+    {
+        NON_FINITE,
+        # Losses that agree do not refute these: where they are the same in all three
+        # modes, training itself may be crippled, and what a frozen layer has lost may
+        # be of use for other data. The rules ask for more where no gap is proven.
+        CORRELATED_BATCHES,
+        REPLICAS_DIFFER,
+        UNEXPECTED_UPDATE,
+    }
+)
+"""Causes that training proves by itself, whatever the losses of a probe."""
+
+ADAPTED_CAUSES = FACTS | {INFERENCE_MODE, TINY_BATCH}
 ALL_CAUSES = STALE_CAUSES | BATCH_CAUSES | ADAPTED_CAUSES
 
 FAMILIES = (
@@ -289,9 +302,9 @@ FAMILIES = (
     Row(Family.HELPED, _helped, STALE_CAUSES),
     Row(Family.BATCHES, _batches, BATCH_CAUSES),
     Row(Family.ADAPTED, _adapted, ADAPTED_CAUSES),
-    Row(Family.LIKELY, _likely, UNCLEAR_CAUSES),
-    Row(Family.UNCLEAR, _unclear, UNCLEAR_CAUSES),
-    Row(Family.INNOCENT, lambda seen: True, frozenset({NON_FINITE})),
+    Row(Family.LIKELY, _likely, FACTS),
+    Row(Family.UNCLEAR, _unclear, FACTS),
+    Row(Family.INNOCENT, lambda seen: True, FACTS),
 )
 """The first row that fits decides. Remedies: nothing for innocent BN; recalibrate stale
 statistics, and do what prevents it next time; change the batches or the layer where no

@@ -8,6 +8,7 @@ from bn_callbacks.layers import (
     BatchNormLayer,
     Calls,
     is_stale,
+    own_call,
     pinned_in_graph,
     replicas,
     takes_training,
@@ -85,6 +86,11 @@ def find_clues(
             "how often a training step updates them could not be seen, so updates are "
             "not counted, nothing is debiased, and a lag is not measured. Compile the "
             "model anew before `fit`, so that its step is traced under the monitor",
+        ),
+        (
+            [bn for bn in updating if not own_call(bn.layer).takes_statistics],
+            "a `call` of their own does something with `training=True` that cannot be "
+            "given statistics, so the losses of a probe are not measured",
         ),
         (
             updating if uses_ema(model) and not is_recalibrated else [],

@@ -28,33 +28,46 @@ class Readings:
         self.layers = list(layers)
         self._reader = Reader(model, layers)
         self.now: Flat = self._reader()[1]
-        self._versions = np.array(versions(layers), int)
+        self._versions = self.versions()
 
     def read(self) -> tuple[int | None, Flat]:
         """The optimizer's step counter (None without one) and all averages now."""
         return self._reader()
 
-    def keep(self, now: Flat) -> NDArray[np.bool_]:
+    def versions(self) -> NDArray[np.int_]:
+        """A number for each layer, which changes when this library writes it."""
+        return np.array(versions(self.layers), int)
+
+    def keep(
+        self, now: Flat, current: NDArray[np.int_] | None = None
+    ) -> NDArray[np.bool_]:
         """Makes this the last reading.
+
+        Args:
+            now: The averages.
+            current: The `versions` when they were read; by default as they are.
 
         Returns:
             For each layer, whether this library has written it since the one before.
         """
-        current = np.array(versions(self.layers), int)
+        current = self.versions() if current is None else current
         is_written: NDArray[np.bool_] = current != self._versions
         self.now, self._versions = now, current
         return is_written
 
-    def rebase(self) -> tuple[tuple[int | None, Flat], NDArray[np.bool_]]:
+    def rebase(
+        self,
+    ) -> tuple[tuple[int | None, Flat], NDArray[np.bool_], NDArray[np.bool_]]:
         """Reads and keeps, where no training was since the last reading.
 
         Returns:
-            As `read`; and for each layer, whether anybody has written it.
+            As `read`; and for each layer, whether this library has written it, and
+            whether somebody else has.
         """
         before = self.now
         reading = self.read()
-        is_written = self.keep(reading[1])
-        return reading, is_written | ~self.is_same(before, self.now)
+        is_own = self.keep(reading[1])
+        return reading, is_own, ~self.is_same(before, self.now) & ~is_own
 
     def is_untouched(self) -> bool:
         """Whether nobody has written the averages since the last reading."""

@@ -71,8 +71,8 @@ class StartValues:
 
     def rebase(self) -> tuple[int | None, Flat]:
         """Reads, as `read`, where no training was since the last reading."""
-        reading, is_written = self._readings.rebase()
-        self._drop(is_written)
+        reading, is_own, is_foreign = self._readings.rebase()
+        self._drop(is_own | is_foreign)
         return reading
 
     def watch_calls(self) -> None:

@@ -63,6 +63,12 @@ class StepCounter:
         self._done = batch - self._first
         return self._done
 
+    def is_last(self, batch: int) -> bool:
+        """Whether the execution that ends with this batch is the last announced one."""
+        if self._first is None or self._announced is None:
+            return False
+        return batch - self._first + 1 >= self._announced
+
     @property
     def has_begun(self) -> bool:
         """Whether a batch of this epoch has begun."""

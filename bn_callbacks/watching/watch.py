@@ -10,7 +10,7 @@ it deserves a word.
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -27,6 +27,8 @@ from bn_callbacks.layers import (
     find,
     is_built,
     iterations,
+    own_call,
+    team_of,
 )
 from bn_callbacks.measuring.probe import Probe, Reading
 from bn_callbacks.report import BatchNormReport, layer_reports
@@ -39,6 +41,7 @@ from bn_callbacks.watching.clues import find_clues
 from bn_callbacks.watching.episodes import EpisodeRecorder
 from bn_callbacks.watching.examples import ExampleCounter
 from bn_callbacks.watching.findings import Findings
+from bn_callbacks.watching.readings import Flat
 from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
 from bn_callbacks.watching.windows import RUN, Windows
 
@@ -53,6 +56,14 @@ PROOFS = 2
 
 MAX_TOLD = 3
 """Episodes that the last warning tells of, at most."""
+
+
+class _AfterTheLast(NamedTuple):
+    """What was read right after the last training step of an epoch."""
+
+    reading: tuple[int | None, Flat]
+    versions: NDArray[np.int_]
+    weights: list[NDArray[np.float64]]
 
 
 class BatchNormWatch:
@@ -165,6 +176,7 @@ class BatchNormWatch:
     def _begin_readings(self) -> None:
         self._counter.begin_epoch()
         self._read_at: int | None = None
+        self._last: _AfterTheLast | None = None
         self._due_at = self._singles_from = self._shown_at = 0
 
     def _start(self) -> None:
@@ -185,7 +197,7 @@ class BatchNormWatch:
         self._knows_calls = False
         self._examples = ExampleCounter(self.model)
         self._fingerprint = Fingerprint(self.model)
-        self._weights: NDArray[np.float64] | None = None
+        self._weights: list[NDArray[np.float64]] | None = None
 
     def begin_epoch(self, epoch: int | None = None) -> None:
         """An epoch begins.
@@ -269,20 +281,43 @@ class BatchNormWatch:
         """What a training step does with each layer, as far as it was seen."""
         return calls_of(self.model, self.layers or [])
 
+    def end_step(self, batch: int) -> None:
+        """A training step has been made; after an epoch's last one, reads.
+
+        Whatever other callbacks do at the epoch's end comes after it, and so can be
+        told from training. May be called by another thread, while nothing trains.
+
+        Args:
+            batch: Its number in the epoch.
+        """
+        if self._windows is None or team_of(self.model).workers > 1:
+            return
+        if self._counter.is_last(batch):
+            self._last = _AfterTheLast(
+                self._windows.read(), self._windows.versions(), self._fingerprint()
+            )
+
     def end_steps(self) -> None:
         """The steps of an epoch are over: before anybody validates, or writes."""
         if self._windows is None or self._read_at is None:
             return
-        reading = self._windows.read()
+        last, self._last = self._last, None
+        if last is None:
+            last = _AfterTheLast(
+                self._windows.read(), self._windows.versions(), self._fingerprint()
+            )
+        reading = last.reading
         steps = self._counter.finish(*reading)
         if self._calls.is_watching:
             self._learn_calls(steps or 0)
         self._windows.close(
-            reading[1], None if steps is None else steps - self._read_at
+            reading[1],
+            None if steps is None else steps - self._read_at,
+            last.versions,
         )
         self._windows.end_epoch()
         self._examples.finish(steps)
-        self._weights = self._fingerprint()
+        self._weights = last.weights
         self._steps_done += self._read_at if steps is None else steps
         self._epochs_done += 1
         self._begin_readings()
@@ -296,6 +331,7 @@ class BatchNormWatch:
         if self._windows is None:
             return self.report or BatchNormReport()
         self.end_steps()
+        self._look_outside()
         if self._probe is not None:
             self._measure()
         self.report = report = self.make_report(
@@ -318,8 +354,13 @@ class BatchNormWatch:
         if self._windows is None or self.report is None:
             return None
         if not self._windows.is_untouched():
-            return None
-        if self._are_weights_replaced():
+            self._look_outside()
+            if not self._windows.is_touched:
+                return None
+            if self._probe is not None:
+                self._measure()
+            self.report = self.make_report(ends_epoch=True)
+        elif self._are_weights_replaced():
             if self._probe is not None:
                 self._measure()
             self.report = self.make_report(True, ends_epoch=True)
@@ -329,6 +370,16 @@ class BatchNormWatch:
         """Takes back what watches the model's calls, if training broke off."""
         if self._windows is not None and self._calls.is_watching:
             self._calls.end(0)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody has written averages since the last training step."""
+        return self._windows is not None and bool(self._windows.is_written.any())
+
+    def _look_outside(self) -> None:
+        """Sees whether anybody but training has changed the averages."""
+        if self._windows is not None and self._weights is not None:
+            self._windows.look_outside(self._fingerprint.is_same(self._weights))
 
     def _are_weights_replaced(self) -> bool:
         return self._weights is not None and self._fingerprint.is_replaced(
@@ -379,6 +430,10 @@ class BatchNormWatch:
         if updating != self._probe.layers:
             # A layer that was frozen after `compile` trains on, and counts.
             self._probe = Probe(self.model, self._data, updating)
+        if any(not own_call(bn.layer).takes_statistics for bn in updating):
+            # The clues say so.
+            self._reading = None
+            return
         self._reading = self._probe.measure(self._examples.batch_size)
         self._is_fresh = True
 
@@ -437,16 +492,18 @@ class BatchNormWatch:
                 seen,
                 batch_size=self._examples.batch_size_of(bn),
                 last_batch_size=self._examples.last_batch_size,
-                are_weights_replaced=are_weights_replaced,
+                # Who has put in both knows what belongs together.
+                are_weights_replaced=are_weights_replaced and not is_written,
                 inferred=inferred.get(bn),
                 scatter=larger(seen.scatter, in_probe.get(bn)),
                 is_grouped=self._proofs[bn.path] >= PROOFS,
                 probe_effect=effects.get(bn),
                 family=seen.family if losses is None else losses.family,
             )
-            for bn, seen in zip(
+            for bn, seen, is_written in zip(
                 self.layers,
                 self._windows.evidence(self.total_steps, self._threshold),
+                self._windows.is_written,
                 strict=True,
             )
         ]

@@ -107,6 +107,10 @@ class Windows:
         self._calls = [Calls(bn.calls) for bn in layers]
         # Where a negative variance has proven the count of updates wrong.
         self._is_miscounted = np.zeros(len(layers), bool)
+        # Averages that changed though no training step was made: in any way, and
+        # alone, with weights that stayed.
+        self.is_written = np.zeros(len(layers), bool)
+        self._is_touched = np.zeros(len(layers), bool)
         self._start = self._readings.now
         self._epoch = 0
         self._epochs = (self._series([]), self._series([]))
@@ -123,10 +127,30 @@ class Windows:
         Returns:
             As `read`.
         """
-        reading, is_foreign = self._readings.rebase()
-        self._restart(is_foreign)
+        reading, is_own, is_foreign = self._readings.rebase()
+        self._restart(is_own | is_foreign)
         self._begin_run(reading[1])
+        self._is_touched[:] = self.is_written[:] = False
         return reading
+
+    def look_outside(self, are_weights_same: bool) -> None:
+        """Looks who has written the averages since the last step, before a report.
+
+        Where the weights are what they were, something other than a training step has
+        called a layer in training mode, or has written it. Where they are not, both
+        may have come from elsewhere together, and nothing is known of the layer yet.
+
+        Args:
+            are_weights_same: Whether nobody has touched the weights since that step.
+        """
+        _, is_own, is_foreign = self._readings.rebase()
+        self._restart(is_own | is_foreign)
+        self.is_written |= is_own | is_foreign
+        if are_weights_same:
+            self._is_touched |= is_foreign
+        else:
+            for window in self._kept:
+                window.is_valid[is_own | is_foreign] = False
 
     def end_epoch(self) -> None:
         """Keeps the windows of the epoch for comparison with the next one's."""
@@ -147,7 +171,18 @@ class Windows:
         """The optimizer's step counter and all averages now, for `close`."""
         return self._readings.read()
 
-    def close(self, now: Flat, steps: int | None) -> None:
+    @property
+    def is_touched(self) -> bool:
+        """Whether anything but training has changed averages since the last step."""
+        return bool(self._is_touched.any())
+
+    def versions(self) -> NDArray[np.int_]:
+        """Tells when this library writes a layer, for `close`."""
+        return self._readings.versions()
+
+    def close(
+        self, now: Flat, steps: int | None, versions: NDArray[np.int_] | None = None
+    ) -> None:
         """Ends a window.
 
         Args:
@@ -155,11 +190,12 @@ class Windows:
             steps: Training steps since the reading before; None if unknown, which
                 drops the window. Negative where data ran out before that reading
                 already, so that its window was shorter than was thought.
+            versions: What `versions` gave when `now` was read; by default it is asked.
         """
         if steps == 0:
             return
         before = self._readings.now
-        is_valid = ~self._readings.keep(now)
+        is_valid = ~self._readings.keep(now, versions)
         if steps is None:
             is_valid[:] = False
         else:
@@ -242,6 +278,7 @@ class Windows:
             trains=calls.trains,
             is_still=bool(is_still),
             is_pinned=id(bn.layer) in self._pinned,
+            is_touched=bool(self._is_touched[index]),
             has_mixed_calls=(calls.updates or 1) > 1
             or (self._is_own_step and calls.updates is None),
             threshold=threshold,

@@ -152,7 +152,7 @@ def at_rest_and_off(seed: int) -> tuple[Evidence, Measured]:
 def change_of_weights(name: str) -> float:
     """How far the weights were from those of the last step when training had ended."""
     watch = trained(name).watch
-    before, now = watch._weights, watch._fingerprint()
+    before, now = map(np.concatenate, (watch._weights, watch._fingerprint()))
     return float(np.linalg.norm(now - before) / np.linalg.norm(before))
 
 

@@ -11,13 +11,22 @@ from bn_callbacks.statistics.advice import _distance, advise
 from bn_callbacks.statistics.affine import InputMap
 from bn_callbacks.statistics.diagnosis import (
     APART_LIMIT,
+    CRIPPLING,
     DESIGN_LIMIT,
     DOMINANCE_LIMIT,
+    FEW,
     RULES,
+    VARIATION_LIMIT,
     diagnose,
     diagnose_model,
 )
-from bn_callbacks.statistics.evidence import Evidence, is_negative, measure
+from bn_callbacks.statistics.evidence import (
+    Evidence,
+    _factor,
+    is_negative,
+    measure,
+    scatter_of_means,
+)
 from bn_callbacks.statistics.losses import CAUSES_OF, Family
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import average_noise, window_noise
@@ -292,6 +301,92 @@ def test_what_no_fixed_statistics_can_do_has_a_cause_only_if_it_is_seen():
     assert [v.cause for v in diagnose_model([mixed])] == [causes.MIXED_CALLS]
     rare = replace(mixed, scatter=Scatter(0.0, 1.0, 2 * DOMINANCE_LIMIT))
     assert diagnose(rare).cause == causes.OUTLIERS
+
+
+INNOCENT = {"family": Family.INNOCENT}
+
+
+def test_losses_that_agree_do_not_refute_crippling_batches():
+    # They agree since training itself has to do without what differs between batches.
+    apart = replace(HEALTHY, windows=random_windows(0.5), **INNOCENT)
+    measured = measure(apart)
+    assert scatter_of_means(apart, measured.stream) > CRIPPLING
+    assert diagnose(apart).cause == causes.CORRELATED_BATCHES
+    # Grouped they may be, and not be harmed.
+    little = replace(apart, windows=random_windows(0.1), batch_size=128.0)
+    assert diagnose(little).figures.design_effect > DESIGN_LIMIT
+    assert diagnose(little).cause == causes.HEALTHY
+    assert diagnose(replace(little, is_grouped=True)).cause == causes.HEALTHY
+    assert diagnose(replace(little, family=Family.UNKNOWN)).cause != causes.HEALTHY
+
+
+def test_losses_that_agree_do_not_refute_replicas_far_apart():
+    far = replace(HEALTHY, replicas=[constant(0), constant(2)], **INNOCENT)
+    assert diagnose(far).figures.disagreement > CRIPPLING
+    assert diagnose(far).cause == causes.REPLICAS_DIFFER
+    near = replace(far, replicas=[constant(0), constant(0.6)])
+    assert diagnose(near).cause == causes.HEALTHY
+
+
+def test_what_a_frozen_layer_has_lost_is_a_fact():
+    for meant in ({"trainable": False}, {"is_pinned": True}):
+        moved = replace(HEALTHY, is_initial=False, **meant, **INNOCENT)
+        assert diagnose(moved).cause == causes.UNEXPECTED_UPDATE
+        # A new layer had nothing to lose.
+        new = replace(moved, is_initial=True)
+        assert diagnose(new).cause == causes.HEALTHY
+
+
+def test_a_probe_at_rest_tells_weights_that_leap_from_grouped_batches():
+    leaps = replace(HEALTHY, windows=random_windows(0.5), probe_effect=1.0, **STALE)
+    assert diagnose(leaps).figures.design_effect > DESIGN_LIMIT
+    assert diagnose(leaps).cause != causes.CORRELATED_BATCHES
+    assert diagnose(replace(leaps, is_grouped=True)).cause != causes.CORRELATED_BATCHES
+    # Unless the probe's batches differ too, or no fixed statistics do for them, or
+    # each epoch brings the same.
+    for proof in (
+        {"probe_effect": APART_LIMIT + 0.1},
+        {"family": Family.BATCHES},
+        {"recurrence": 1.0},
+    ):
+        seen = replace(leaps, **proof)
+        assert diagnose(seen).cause == causes.CORRELATED_BATCHES, proof
+
+
+def test_few_examples_differ_wildly_though_none_is_an_outlier():
+    scales = np.ones((16, CHANNELS))
+    scales[::3] = 50.0
+    wild = Statistics(np.zeros((16, CHANNELS)), scales)
+    seen = replace(HEALTHY, windows=wild)
+    assert diagnose(seen).cause == causes.OUTLIERS
+    single = replace(seen, batch_size=1.0)
+    assert diagnose(single).cause == causes.TINY_BATCH
+    quiet = replace(single, scatter=Scatter(0.0, 9.0, 99.0), windows=None)
+    assert diagnose(quiet).cause == causes.HEALTHY
+    variation = measure(seen).figures.batch_variation
+    limit = FEW * (VARIATION_LIMIT / variation) ** 2
+    for size, cause in ((limit * 0.9, None), (limit * 1.1, causes.OUTLIERS)):
+        few = replace(seen, scatter=Scatter(0.0, variation, 1.0), batch_size=size)
+        assert (diagnose(few).cause == causes.OUTLIERS) is (cause is not None)
+
+
+def test_statistics_that_changed_between_steps_are_stale_and_nothing_else():
+    touched = replace(
+        PROBLEMS[causes.OUTLIERS],
+        moving=constant(50),
+        start=None,
+        scatter=Scatter(0.0, 9.0, 99.0),
+        is_touched=True,
+    )
+    assert diagnose(touched).cause == causes.STALE
+    assert "no training step was made" in diagnose(touched).advice
+    assert diagnose(replace(HEALTHY, is_touched=True)).cause == causes.HEALTHY
+
+
+def test_a_layer_that_does_something_of_its_own_is_not_known_to_be_off():
+    still = replace(HEALTHY, is_still=True)
+    assert diagnose(still).cause == causes.INFERENCE_MODE
+    assert diagnose(replace(still, is_opaque=True)).cause == causes.HEALTHY
 
 
 def test_no_cause_is_named_outside_the_family_that_the_losses_prove():

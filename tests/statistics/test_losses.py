@@ -11,6 +11,7 @@ from bn_callbacks.statistics import causes
 from bn_callbacks.statistics.losses import (
     BATCH_LIMIT,
     CAUSES_OF,
+    FACTS,
     FAMILIES,
     GAP_LIMIT,
     LONELY_LIMIT,
@@ -112,4 +113,6 @@ def test_families_are_complete_and_limits_lie_between_what_was_measured():
     assert {causes.WARMING_UP, causes.DRIFTING, causes.STALE} < cured
     assert causes.INFERENCE_MODE not in cured
     assert causes.WARMING_UP not in CAUSES_OF[Family.BATCHES]
-    assert CAUSES_OF[Family.INNOCENT] == {causes.NON_FINITE}
+    assert CAUSES_OF[Family.INNOCENT] == FACTS
+    assert causes.NON_FINITE in FACTS
+    assert not FACTS & {causes.STALE, causes.DRIFTING, causes.OUTLIERS}
