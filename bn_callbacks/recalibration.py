@@ -325,7 +325,7 @@ class Recalibration:
         if not any(reached):
             raise ValueError(
                 "The data reach no BatchNormalization layer. Received: "
-                f"{measured.batches} batches with nothing in them that counts. Pass "
+                f"{measured.batches} batches of which no value reaches a layer. Pass "
                 "data that are not empty or masked throughout."
             )
         seen = Seen()
@@ -494,7 +494,7 @@ def check_options(
         )
     if prior is not None and not (is_word(refine, "auto") and tolerance is None):
         raise ValueError(
-            "With `prior`, the examples themselves decide how much of them to take. "
+            "With `prior`, the examples decide how far to correct the statistics. "
             f"Received: prior={prior!r} with refine={shown(refine)} and "
             f"tolerance={shown(tolerance)}. Leave both out."
         )

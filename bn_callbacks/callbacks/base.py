@@ -41,9 +41,9 @@ class BatchNormCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         if self._is_fitting and is_in_fit(self._thread):
             raise RuntimeError(
-                f"This {type(self).__name__} is at work in a `fit` of another thread. "
-                f"Received: a second `fit`, of model {model.name!r}. Give each of them "
-                "a callback of its own, such as copy.deepcopy(callback)."
+                f"This {type(self).__name__} already runs in a `fit` of another "
+                f"thread. Received: a second `fit`, of model {model.name!r}. Give each "
+                "`fit` a callback of its own, such as copy.deepcopy(callback)."
             )
         # Keras 2 calls this before any method that Keras 3's callbacks lack.
         check_keras(model)
@@ -173,10 +173,9 @@ def warn_of_unknown(report: BatchNormReport, params: Mapping[str, Any] | None) -
     """Warns that some layers could not be measured, and says why."""
     steps = (params or {}).get("steps")
     warn(
-        f"Nothing could be measured of {len(report.unknown)} of {len(report.layers)} "
-        "BatchNormalization layers in this epoch, which may or may not lag: it is not "
-        "known how many training steps were made. Received: data that ended before "
-        f"steps={steps} were made. Pass `steps_per_epoch` that the data have, or use "
-        "audit().",
+        f"{len(report.unknown)} of {len(report.layers)} BatchNormalization layers "
+        "could not be measured in this epoch, and may lag: it is not known how many "
+        f"training steps were made. Received: data that ended before steps={steps} "
+        "were made. Pass `steps_per_epoch` that the data have, or use audit().",
         BatchNormWarning,
     )

@@ -108,9 +108,9 @@ class DebiasBatchNorm(BatchNormCallback):
         if not self._starts.is_known and not self._has_warned:
             self._has_warned = True
             warn(
-                "DebiasBatchNorm cannot know how many updates were made, and leaves "
-                "the statistics as they are. Received: steps or updates a step "
-                "unknown, or a count that would leave a negative variance. Pass "
+                "DebiasBatchNorm cannot count the updates, and leaves the statistics "
+                "as they are. Received: an unknown number of steps or of updates per "
+                "step, or a count that would leave a negative variance. Pass "
                 "`steps_per_epoch` to `fit`, or recalibrate instead.",
                 BatchNormWarning,
             )

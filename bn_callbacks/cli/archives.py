@@ -37,8 +37,8 @@ def check_archive(path: Path) -> None:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise CommandError(
-            f"{path} holds {sorted(twice)[0]!r} more than once, which Keras never "
-            "writes, so that nobody knows which counts. Save it again."
+            f"{path} holds {sorted(twice)[0]!r} more than once, and it is not clear "
+            "which one counts: Keras never writes such a file. Save it again."
         )
     for member in members:
         if member.filename.endswith(".json") and member.file_size > MAX_TEXT:

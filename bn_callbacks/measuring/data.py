@@ -311,7 +311,7 @@ def _to_tensors(item: Any, index: int) -> Batch:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"Batch {index} of the data is nothing that a model takes. Received: "
+            f"Batch {index} of the data has no form that a model takes. Received: "
             f"{_describe(item)}. Give batches of x, (x, y) or (x, y, sample_weight), "
             "each an array or a structure of arrays."
         ) from error

@@ -59,7 +59,7 @@ def handful(batches: Batches, is_divisible: bool) -> Examples | None:
     if len(rows) < MIN_EXAMPLES:
         what = "examples" if is_divisible else "batches of a model that divides none"
         raise ValueError(
-            f"So few examples do not show how examples differ. Received: {what}: "
+            f"There are too few examples to see how they differ. Received: {what}: "
             f"{len(rows)}. Pass at least {MIN_EXAMPLES}, better 8, or leave the model "
             "as it is."
         )

@@ -57,7 +57,7 @@ PICTURE_COST = 0.05
 """Seconds to draw a picture: a guess until the first one has been timed."""
 
 NO_PICTURE = (
-    "There is no heat map, for Pillow 10.1 or newer is not installed. Install it with: "
+    "There is no heat map: Pillow 10.1 or newer is not installed. Install it with: "
     'python -m pip install "bn-callbacks[plot]"'
 )
 
@@ -108,7 +108,6 @@ class ReportWriter:
         log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
         max_charts: Largest number of layers with charts of their own.
         threshold: The lag above which the monitor warns.
-        start: The optimizer's step at which training begins.
     """
 
     def __init__(
@@ -116,7 +115,6 @@ class ReportWriter:
         log_dir: str | os.PathLike[str],
         max_charts: int = MAX_CHARTS,
         threshold: float = DEFAULT_THRESHOLD,
-        start: int = 0,
     ) -> None:
         self._log_dir = os.fspath(log_dir)
         self._run: str | None = None
@@ -131,7 +129,7 @@ class ReportWriter:
         self._layout: tuple[list[str], bool] = ([], False)
         self._written_to: dict[str, int] = {}
         self._since: dict[str, int] = {}
-        self.begin(start)
+        self.begin(0)
         self._budget = Budget(PICTURE_SHARE, PICTURE_COST)
         self._written: BatchNormReport | None = None
 
@@ -167,8 +165,8 @@ class ReportWriter:
         except OSError as error:
             raise ValueError(
                 "`log_dir` must be a directory for files, or one that can be made. "
-                f"Received: log_dir={self._log_dir!r}. It says: {said(error)}. Pass "
-                "another."
+                f"Received: log_dir={self._log_dir!r}. The system says: {said(error)}. "
+                "Pass another directory."
             ) from error
         finally:
             for each in missing:
