@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import fresh_kit
 import kit
 import pytest
 from cases import CASES
-from fresh_kit import PROOFS, Proof
 from kit import Case, Outcome
 
 # Some eight minutes, in which `.ci/run` has another process for test_alarms.py.
@@ -104,9 +102,3 @@ def test_every_cause_has_cases_in_both_parts() -> None:
     for cause in causes - {"stale"}:  # its tuned cases are audits
         parts = {case.held_back for case in SCORED if case.expected == cause}
         assert parts == {False, True}, cause
-
-
-@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.case.name)
-def test_fresh_case_is_cured_by_what_it_says(proof: Proof) -> None:
-    is_so, figures = fresh_kit.prove(proof)
-    assert is_so, figures
