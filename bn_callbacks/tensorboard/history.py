@@ -32,6 +32,7 @@ MARKS = {
     causes.REPLICAS_DIFFER: "P",
     causes.STALE: "S",
     causes.RESCALED_INPUTS: "Z",
+    causes.BATCH_DEPENDENT: "B",
 }
 """A letter for each cause but healthy and unknown."""
 
