@@ -44,7 +44,7 @@ __all__ = [
     "suggest_momentum",
 ]
 
-# Keras and TensorFlow take seconds to import: not before somebody needs them.
+# Keras and TensorFlow take seconds to import, so only when a name is first used.
 _HOMES = {
     "BatchNormLagWarning": "report",
     "BatchNormMonitor": "callbacks.monitor",
@@ -66,7 +66,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # Type checkers would take any name to exist.
+if not TYPE_CHECKING:  # Type checkers would believe that any name exists.
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

@@ -3,8 +3,8 @@
 import os
 import sys
 
-# Of `-m` Python looks for all modules where the command is run, and there first. What
-# lies there is data, and not to be imported because it is called like a module.
+# With `-m`, Python looks for modules in the working directory first. The files there
+# are data: they must not be imported because they are named like a module.
 if sys.path and os.path.abspath(sys.path[0]) == os.getcwd():
     del sys.path[0]
 

@@ -1,4 +1,4 @@
-"""Holding a model's BN statistics against data, or looking at them alone."""
+"""`audit`: compares a model's BN statistics with data, or inspects them alone."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,26 +40,27 @@ def audit(
     steps: int | None = None,
     layers: LayerSelection = None,
 ) -> BatchNormReport:
-    """Holds a model's BN statistics against data, and changes nothing.
+    """Compares a model's BN statistics with data, and changes nothing.
 
     Args:
         model: A built Keras model.
-        x: Training data as `fit` takes them, or `None`, the default, to look at the
-            stored statistics alone. Where they bring targets and the model is compiled,
-            the loss in both modes is measured too.
+        x: Training data as `fit` takes them, or `None`, the default, to inspect the
+            stored statistics alone. If the data have targets and the model is compiled,
+            `audit` measures the loss in both modes too.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         layers: Which layers, as `recalibrate` takes them; all by default.
 
     Returns:
-        A `BatchNormReport`: for each layer its `lag`, the distance of what it stores
-        from what batches have, and its `residual`, that from what inference brings,
-        which is what recalibrating would take away. A model without BN layers gives an
-        empty one; a layer that nothing calls has no lag and no cause.
+        A `BatchNormReport`. For each layer, `lag` is the distance between its stored
+        statistics and those of the batches; `residual` is the distance to the
+        statistics of its input in inference mode, which recalibrating would remove. A
+        model without BN layers gives an empty report. A layer that nothing calls has no
+        lag and no cause.
 
     Raises:
         TypeError: `model` is not a Keras 3 model.
-        ValueError: Data that are empty, endless, of a wrong structure or not finite.
+        ValueError: The data are empty, endless, not finite or of a wrong structure.
 
     Examples:
         >>> import keras, numpy as np
@@ -93,7 +94,7 @@ def audit(
     seen = Seen()
     # Replicas of other workers may store something else.
     if team.everywhere(is_finite(stored)):
-        # Frozen layers, and those that never train, see only this side.
+        # Frozen layers, and layers that never train, have no batch mode.
         seen.in_inference(found, in_inference.measure(batches, stored))
     losses = None
     if targets or has_loss:
@@ -110,14 +111,14 @@ def audit(
 
 @dataclass
 class Seen:
-    """What data have shown of some layers.
+    """What passes over data have measured at some layers.
 
     Args:
-        batch: What each had in batches: its pooled statistics.
-        inferred: What inference brought each.
+        batch: Pooled statistics of each layer's input in batch mode.
+        inferred: Statistics of each layer's input in inference mode.
         scatter: How single batches differ.
         share: Variance of the pooled statistics over that of one batch's.
-        batch_size: Examples a batch.
+        batch_size: Examples per batch.
         input_map: What was done to the data, if that is proven.
         has_run: Whether the data went through the model.
     """
@@ -133,7 +134,7 @@ class Seen:
     def in_inference(
         self, layers: Sequence[BatchNormLayer], measured: Measurement
     ) -> None:
-        """Notes a pass in inference mode."""
+        """Adds the results of a pass in inference mode."""
         self.inferred.update(_reached(layers, measured))
         self.batch.update(self.inferred)
         self._note(measured)
@@ -144,7 +145,7 @@ class Seen:
         measured: Measurement,
         scatter: dict[BatchNormLayer, Scatter | None],
     ) -> None:
-        """Notes a pass in batch mode, and how its batches differed."""
+        """Adds the results of a pass in batch mode, and how its batches differed."""
         self.batch.update(_reached(layers, measured))
         self.scatter.update(scatter)
         self._note(measured)
@@ -155,7 +156,7 @@ class Seen:
         self.batch_size = measured.samples / max(measured.batches, 1)
 
     def evidence(self, bn: BatchNormLayer) -> dict[str, Any]:
-        """What is known of a layer, as `Evidence` names it."""
+        """What is known of a layer, by the names of `Evidence`."""
         return {
             "batch": self.batch.get(bn),
             "inferred": self.inferred.get(bn),
@@ -184,7 +185,7 @@ def report_on(
     seen: Seen | None = None,
     losses: Losses | None = None,
 ) -> BatchNormReport:
-    """A report on stored statistics, held against what was seen in data, if any."""
+    """Makes a report on stored statistics, compared with data if there are any."""
     seen = seen or Seen()
     steps = steps_made(model)
     family = Family.UNKNOWN if losses is None else losses.family

@@ -1,4 +1,4 @@
-"""The demonstration: a network that trains well, predicts badly, and is repaired."""
+"""The demo: trains a network that predicts badly, says why, and repairs it."""
 
 import math
 import os
@@ -67,8 +67,8 @@ def run(
 ) -> dict[str, Figures]:
     """Trains, diagnoses, repairs, saves and loads a classifier of digits.
 
-    Three Dense + BatchNormalization + ReLU layers are trained on scikit-learn's
-    digits for so few steps that the default momentum lags. All is printed.
+    Trains three Dense + BatchNormalization + ReLU layers on scikit-learn's digits for
+    so few steps that the default momentum lags, and prints everything.
 
     Args:
         log_dir: Directory for TensorBoard's files.
@@ -95,7 +95,7 @@ def run(
         f"{len(training.y) // BATCH_SIZE} steps; {len(validation.y)} digits are for "
         "validation.\n"
     )
-    # On a GPU the same seed need not give the same weights, and here it has to.
+    # The demo needs the same weights from the same seed, which a GPU does not promise.
     with tf.device("/CPU:0"):
         rows = _run(directory, path, (training, validation), epochs, seed)
     print(f"\nTo see the runs in TensorBoard:\n\n  tensorboard --logdir {directory}")
@@ -114,7 +114,7 @@ def load_examples() -> tuple[Examples, Examples]:
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(y))
     x, y = (x[order] / 16).astype(np.float32), y[order]
-    # Whole batches only: Keras 3.0 weighs a short last batch like a full one.
+    # Whole batches only: Keras 3.0 gives a short last batch the weight of a full one.
     first = slice(TRAINING_SAMPLES)
     second = slice(TRAINING_SAMPLES, TRAINING_SAMPLES + VALIDATION_SAMPLES)
     return Examples(x[first], y[first]), Examples(x[second], y[second])
@@ -138,7 +138,7 @@ def _run(
         for episode in monitor.report.episodes:
             print(f"  {episode}")
 
-    # The same training again: of its weights, DebiasBatchNorm must not touch one bit.
+    # The same training again: DebiasBatchNorm must not change one bit of its weights.
     debiased, _ = _train(data, DebiasBatchNorm(), directory / "debiased", epochs, seed)
     if not _are_equal(model.trainable_variables, debiased.trainable_variables):
         raise DemoError(

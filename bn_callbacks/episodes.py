@@ -1,4 +1,4 @@
-"""What came and went in a training, as an immutable object to read and to print."""
+"""`Episode`: a time of a training in which something was wrong."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Episode:
-    """A time in which layers suffered from one cause.
+    """A time in which one cause affected layers.
 
     Steps are the optimizer's, as in TensorBoard. Epochs are counted from 1, as `fit`
-    prints them. Both are those of reports that showed the cause, so that it may have
-    begun as much earlier as a report is apart from the one before.
+    prints them. Both belong to reports that showed the cause: it may have begun any
+    time after the report before.
 
     Args:
         cause: The cause.
@@ -19,16 +19,15 @@ class Episode:
         last_step: Step of the last one.
         first_epoch: Epoch of the first report that showed it.
         last_epoch: Epoch of the last one.
-        layers: Paths of the layers that had it, the worst of the first report first.
+        layers: Paths of the affected layers, the worst of the first report first.
         worst: Path of the layer with the largest lag.
-        lag: That lag; None, the default, where none was known.
+        lag: That lag; None, the default, if unknown.
         loss_gap: The largest loss gap at an epoch's end in this time; None, the
-            default, where none was measured.
-        is_over: Whether the latest report does not show it any more; True by default.
-        times: How often it came; 1 by default. Above 1 where so much came and went in a
-            training that episodes of the same cause had to be put together.
-        advice: What to do about it, as it was told of the worst layer; empty by
-            default.
+            default, if not measured.
+        is_over: Whether the latest report no longer shows the cause; True by default.
+        times: How many episodes this one stands for; 1 by default. More than 1 if a
+            training had so many that those of the same cause were joined.
+        advice: What to do about the worst layer; empty by default.
 
     Example:
         >>> print(Episode("outliers", 130, 140, 7, 7, ("bn_1", "bn_2"), "bn_2", 0.8))
@@ -76,7 +75,7 @@ class Episode:
         return f"{self.cause} {self.when} ({self.steps}{often}): {self.who}{gap}"
 
     def extended(self, later: "Episode") -> "Episode":
-        """This one, going on with what was seen later of the same cause."""
+        """This episode, extended by a later one of the same cause."""
         new = later if _size(later.lag) > _size(self.lag) else self
         gaps = [gap for gap in (self.loss_gap, later.loss_gap) if gap is not None]
         return dataclasses.replace(
@@ -93,7 +92,7 @@ class Episode:
 
 
 def _size(number: float | None) -> float:
-    """By what numbers are compared: what is no number is the largest."""
+    """A number to compare by: NaN is the largest, None the smallest."""
     if number is None:
         return -math.inf
     return math.inf if math.isnan(number) else number

@@ -1,7 +1,7 @@
-"""Builds `Evidence`: the only place that does.
+"""The only place that builds `Evidence`.
 
-The layer's settings are read from the layer; what was seen of it, in training or in
-data, is passed in. `statistics/evidence.py` says what each part means.
+It reads the settings from the layer; callers pass what training or data have shown.
+`statistics/evidence.py` says what each part means.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ def evidence_of(
     began: Statistics | None = None,
     **seen: Any,
 ) -> Evidence:
-    """Puts together what is known of a layer.
+    """Collects what is known of a layer.
 
     Args:
         bn: The layer.
         moving: What it stores.
         began: What it stored when watching began; `moving` by default.
-        **seen: What was seen, as `Evidence` names it.
+        **seen: What training or data have shown, by the names of `Evidence`.
     """
     began = moving if began is None else began
     return Evidence(

@@ -1,7 +1,7 @@
-"""What to install where TensorFlow is missing, which the package does not bring along.
+"""Says what to install if TensorFlow is missing.
 
-There are several packages of TensorFlow, such as `tensorflow-cpu`, which overwrite each
-other's files. So the user chooses one.
+The package does not install TensorFlow by itself: there are several packages, such as
+`tensorflow-cpu`, that overwrite each other's files. So the user chooses one.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import os
 from types import ModuleType
 
 OTHER_BACKENDS = ("jax", "openvino", "torch")
-"""Packages that Keras imports where it is set to another backend than TensorFlow."""
+"""Packages that Keras imports if its backend is not TensorFlow."""
 
 
 class NotInstalledError(ModuleNotFoundError):

@@ -1,4 +1,4 @@
-"""Measuring a population in parts, anywhere, and applying what they have together."""
+"""`measure` and `apply_statistics`: recalibrates with data that lie in many places."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -43,19 +43,19 @@ def measure(
 ) -> PopulationMoments:
     """Measures the moments of each BN layer's input over a part of the data.
 
-    For data in many places: each measures its part with a copy of the model, the
-    moments are merged, and `apply_statistics` writes what all of them have together.
-    A round is one pass over all parts. The first is the usual Precise BN. In those that
-    follow, pass what the round before has merged as `statistics`: `k` further rounds
-    give what `recalibrate(..., refine=k)` gives of all data in one place. The model is
-    not changed.
+    For data in many places: each place measures its part with a copy of the model; you
+    merge the moments, and `apply_statistics` writes the result into the model. A round
+    is one pass over all parts. The first round is the usual Precise BN. For further
+    rounds, pass the merged moments of the round before as `statistics`: `k` of them
+    give the result of `recalibrate(..., refine=k)` with all data in one place. The
+    model does not change.
 
     Args:
         model: A built Keras model; the same weights everywhere.
         x: This part of the training data, as `recalibrate` takes them.
         statistics: What layers normalise with: `None`, the default, for the statistics
-            of each batch; the merged moments of the round before; or `"stored"` for
-            what the model stores.
+            of each batch; the merged moments of the round before; or `"stored"` for the
+            model's own.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
         dropout: Whether dropout, noise and augmentation layers act as in training;
@@ -65,11 +65,11 @@ def measure(
         verbose: 0, the default, is silent; 1, and `"auto"`, show progress.
 
     Returns:
-        The `PopulationMoments`, to be merged and saved.
+        The `PopulationMoments`, which can be merged and saved.
 
     Raises:
         TypeError: `model` is not a Keras 3 model, or `statistics` are no moments.
-        ValueError: As `recalibrate`; or `statistics` are of another model.
+        ValueError: As `recalibrate`; or `statistics` belong to another model.
 
     Examples:
         >>> import keras, numpy as np
@@ -113,23 +113,25 @@ def measure(
 def apply_statistics(
     model: keras.Model, moments: PopulationMoments
 ) -> RecalibrationReport:
-    """Gives BN layers the statistics that a population has, as `measure` found them.
+    """Writes the statistics that `measure` found into the BN layers of a model.
 
-    Nothing in the model changes unless all can be written, and nothing but the
-    statistics changes then. Layers of which nothing was measured keep what they store.
+    It writes all layers or none, and changes nothing but the statistics. Layers that no
+    data have reached keep theirs.
 
     Args:
         model: The model, or a copy of it.
         moments: The merged moments of all parts.
 
     Returns:
-        A `RecalibrationReport`; its `undo()` gives the old statistics back. A note says
-        how far the last round has moved the statistics: what another might change.
+        A `RecalibrationReport`; its `undo()` restores the old statistics. A note says
+        how far the last round has moved the statistics, to judge if another is worth
+        its time.
 
     Raises:
-        TypeError: `model` is not a Keras 3 model, or `moments` are none.
-        ValueError: The moments are of another model, or of nothing at all, or do not
-            fit the layers' dtype.
+        TypeError: `model` is not a Keras 3 model, or `moments` are not what `measure`
+            returned.
+        ValueError: The moments belong to another model, are empty, or exceed the range
+            of the layers' dtype.
     """
     check_model(model)
     if not isinstance(moments, PopulationMoments):
@@ -209,14 +211,14 @@ def _check_options(statistics: Any, dropout: Any, verbose: Any) -> None:
 
 
 def _names(model: keras.Model, layers: list[BatchNormLayer]) -> list[str]:
-    """Names of layers that a copy of the model has too, whatever its own name is."""
+    """Names of layers without that of the model, which a copy may have changed."""
     return [bn.path.removeprefix(f"{model.name}/") for bn in layers]
 
 
 def _own(
     model: keras.Model, targets: list[BatchNormLayer], moments: Mapping[str, Moments]
 ) -> list[Moments]:
-    """The moments of each layer; an error if they are not those of these layers."""
+    """The moments of each layer; raises an error if they belong to other layers."""
     names = _names(model, targets)
     mine = {name: bn.channels for name, bn in zip(names, targets, strict=True)}
     theirs = {name: len(one.mean) for name, one in moments.items()}

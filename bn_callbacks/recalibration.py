@@ -1,4 +1,4 @@
-"""Recalibrating a model's BN statistics."""
+"""`recalibrate` and `recalibrated`: give BN layers the statistics of data."""
 
 import contextlib
 import itertools
@@ -53,24 +53,25 @@ from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.warn import warn
 
 BRIEF_TOLERANCE = 0.01
-"""Standard error that is enough for a validation in `fit`."""
+"""Standard error that is small enough for a validation in `fit`."""
 
 BRIEF_RESIDUAL = 0.002
-"""Residual that is small beside it."""
+"""Residual that is small compared with `BRIEF_TOLERANCE`."""
 
 BRIEF_SAMPLES, BRIEF_SHARE = 2048, 0.05
-"""Samples, and share of the data, that are enough for a validation in any case: more
-would take longer than a tenth of an epoch of 20,000 samples."""
+"""A validation reads no more than so many samples, or this share of the data if that is
+more. More would take longer than a tenth of an epoch of 20,000 samples."""
 
 SHORT_SAMPLE = 512
-"""Samples that tell where to begin if `tolerance` may soon be reached."""
+"""Size of the first sample if `tolerance` may end the pass early."""
 
 SAME_LOSS = 1e-3
-"""Two losses that differ less, of each other, are the same."""
+"""Losses with a smaller relative difference count as equal."""
 
 GROUPED = 3.0
-"""Design effect from which on batches are no random samples: these have 1 at most, and
-up to 2.5 by chance; grouped, sorted and padded ones 12 and more (docs/causes.md)."""
+"""Batches with a larger design effect are no random samples. Random ones have 1 at
+most, up to 2.5 by chance; grouped, sorted and padded ones 12 and more (docs/causes.md).
+"""
 
 
 def recalibrate(
@@ -92,16 +93,16 @@ def recalibrate(
     Replaces `moving_mean` and `moving_variance` by the mean and (biased) variance
     that each layer's input has over the data *in inference mode*, when every other
     layer uses its new statistics as well. A sample of the data, run as one batch,
-    finds them nearly; passes over all data correct them, one to four as a rule, until
+    nearly finds them; passes over all data, usually one to four, correct them until
     they are within 0.001 standard deviations. Moments are pooled in float64, weighted
-    by the number of elements. With `refine=0` it is one pass in which each layer
-    normalises by batch (Wu & Johnson, 2021, arXiv 2105.07576).
+    by the number of elements. `refine=0` makes one pass in which each layer normalises
+    by batch (Wu & Johnson, 2021, arXiv 2105.07576).
 
-    Nothing in the model changes until all is computed and finite, and nothing but
-    the statistics changes then. New statistics that are no nearer to what inference
-    sees than the old ones are not written, and a `BatchNormWarning` says so. Another
-    says if the data turn out to be those of training, scaled or shifted: preprocessing
-    is missing or done twice then.
+    Nothing in the model changes until everything is computed and finite; then only the
+    statistics change. If the new statistics are no nearer to what inference sees than
+    the old ones, `recalibrate` keeps these and gives a `BatchNormWarning`. Another one
+    says if the data prove to be those of training, scaled or shifted: then
+    preprocessing is missing, or done twice.
 
     Args:
         model: A built Keras model.
@@ -111,38 +112,38 @@ def recalibrate(
             memory. Targets are ignored.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        tolerance: By default all data are read. With a number, stop the first pass when
-            the standard error of every layer's statistics is below this, in standard
-            deviations (0.01 is plenty). It is estimated from how batches differ, so
-            that batches of samples that belong together are not taken for many samples.
-            Arrays and `PyDataset`s are read in random order; datasets and generators
-            must come in no order, or it stops too early. Further passes use the same
-            batches.
-        refine: `"auto"`, the default; or 0 for the usual Precise BN in one pass by
-            batch, or a number of further passes with the statistics that the last one
+        tolerance: By default all data are read. With a number, the first pass stops
+            when the standard error of every layer's statistics is below this, in
+            standard deviations (0.01 is plenty). The error is estimated from how
+            batches differ, so it also holds for batches of samples that belong
+            together. Arrays and `PyDataset`s are read in random order; shuffle datasets
+            and generators yourself, or the pass stops too early. Further passes use the
+            same batches.
+        refine: `"auto"`, the default; 0 for the usual Precise BN in one pass by batch;
+            or a number of further passes, each with the statistics that the last one
             found.
         dropout: Whether dropout, noise and augmentation layers act as in training;
             `False` by default.
         layers: Which layers: `None`, the default, for those that `fit` would update; or
-            names, paths, a regular expression, a predicate, or a list of these. A
-            frozen layer is recalibrated only if it is named.
+            names, paths, a regular expression, a predicate, or a list of these. Name a
+            frozen layer to recalibrate it.
         validation_data: Data with targets; none by default. The model's loss on them
             decides between the old statistics, the new ones, and those of a single pass
             by batch.
-        prior: `"stored"` for a handful of examples, 3 at least: what is stored is
-            corrected, layer after layer, by as much as the examples can tell. A model
+        prior: `"stored"` for a handful of examples, at least 3: corrects the stored
+            statistics, layer after layer, by as much as the examples can tell. A model
             that they do not show to be wrong is left alone. With more than 1,024
-            examples it is as without. `None`, the default, trusts the data alone.
+            examples it has no effect. `None`, the default, trusts the data alone.
         verbose: 0 is silent; 1, and `"auto"`, the default, show progress and the
             result.
 
     Returns:
-        A `RecalibrationReport`; its `undo()` gives the old statistics back.
+        A `RecalibrationReport`; its `undo()` restores the old statistics.
 
     Raises:
         TypeError: `model` is not a Keras 3 model.
-        ValueError: No BN layer to recalibrate, or data that are empty, endless, of a
-            wrong structure or not finite; with `prior`, fewer than 3 examples.
+        ValueError: There is no BN layer to recalibrate; the data are empty, endless,
+            not finite or of a wrong structure; or `prior` gets fewer than 3 examples.
 
     Examples:
         >>> import keras, numpy as np
@@ -190,14 +191,14 @@ def recalibrated(
     prior: Literal["stored"] | None = None,
     verbose: int | Literal["auto"] = "auto",
 ) -> Iterator[RecalibrationReport]:
-    """Recalibrates inside the `with` block; afterwards all is as before.
+    """Recalibrates inside the `with` block, and restores the old statistics after it.
 
     Args:
         model: A built Keras model.
-        x: Training data as `recalibrate` takes them, and the rest too.
+        x: Training data; these and all other arguments are those of `recalibrate`.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        tolerance: Standard error that is enough; by default all data are read.
+        tolerance: Standard error at which to stop; by default all data are read.
         refine: `"auto"`, the default, or a number of further passes.
         dropout: Whether dropout acts as in training; `False` by default.
         layers: Which layers; by default those that `fit` would update.
@@ -207,8 +208,8 @@ def recalibrated(
             result.
 
     Returns:
-        A context manager that gives the `RecalibrationReport`. The statistics from
-        before are back when the block ends, bit for bit, also after an exception.
+        A context manager that gives the `RecalibrationReport`. When the block ends,
+        also by an exception, it restores the old statistics bit for bit.
 
     Raises:
         TypeError: As `recalibrate`.
@@ -251,13 +252,13 @@ class Recalibration:
     Args:
         model: The model.
         batches: Training data.
-        tolerance: As `recalibrate` takes it, and the rest too.
-        refine: Further passes.
-        dropout: Whether dropout is active.
-        layers: Which layers.
-        validation_data: Data to hold the result against.
-        prior: What to begin with where examples are few.
-        is_brief: Whether a part of the data is to be enough, as for a validation.
+        tolerance: As in `recalibrate`.
+        refine: As in `recalibrate`.
+        dropout: As in `recalibrate`.
+        layers: As in `recalibrate`.
+        validation_data: As in `recalibrate`.
+        prior: As in `recalibrate`.
+        is_brief: Whether to stop after a part of the data, as for a validation.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ class Recalibration:
                 self._validation = Probe(model, validation_data, self._targets)
             first = batches.peek()
             self._batch_size = max(1, examples_in(first))
-            # Whether the data fit the model shows here, before hours of training.
+            # Raises if the data do not fit the model, before hours of training.
             self._population.bytes_of_example(first)
         batches.mix()
         self._population.share(batches)
@@ -328,7 +329,7 @@ class Recalibration:
         if not any(reached):
             raise ValueError(
                 "The data reach no BatchNormalization layer. Received: "
-                f"{measured.batches} batches with nothing in them that counts. Pass "
+                f"{measured.batches} batches of which no value reaches a layer. Pass "
                 "data that are not empty or masked throughout."
             )
         seen = Seen()
@@ -421,7 +422,7 @@ class Recalibration:
 
     @property
     def _most(self) -> int | None:
-        """Examples of the sample, where a part of the data may be enough."""
+        """Largest sample if a part of the data may be enough; None for any size."""
         if self._is_brief:
             return BRIEF_SAMPLES
         return None if self._tolerance is None else SHORT_SAMPLE
@@ -436,10 +437,10 @@ class Recalibration:
     def _better(
         self, solution: Solution, old: list[Statistics], progress: Progress
     ) -> tuple[Solution, float | None]:
-        """The better of consistent statistics and those of one pass, and its loss."""
+        """The better of consistent statistics and those of one pass, and their loss."""
         assert self._validation is not None
         loss = self._validation.inference_loss(solution.statistics)
-        # Of a single layer both are the same.
+        # With a single layer both are the same.
         by_passes_too = self._refine == "auto" and not self._shrinkage
         if by_passes_too and len(self._targets) > 1:
             read = self._batches.first(solution.measured.own_batches)
@@ -517,7 +518,7 @@ def check_options(
         )
     if prior is not None and not (is_word(refine, "auto") and tolerance is None):
         raise ValueError(
-            "With `prior`, the examples themselves decide how much of them to take. "
+            "With `prior`, the examples decide how far to correct the statistics. "
             f"Received: prior={prior!r} with refine={shown(refine)} and "
             f"tolerance={shown(tolerance)}. Leave both out."
         )
@@ -525,7 +526,7 @@ def check_options(
 
 
 def _is_worse(after: float | None, before: float | None) -> bool:
-    """Whether the loss has risen, or is no number any more."""
+    """Whether the loss has risen or become NaN."""
     if after is None or before is None:
         return False
     return after > before or (math.isnan(after) and not math.isnan(before))

@@ -1,4 +1,4 @@
-"""What the library has found, as immutable objects to read, print and convert."""
+"""Reports: immutable objects to read, print and convert; and the warning classes."""
 
 import dataclasses
 import html
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 UNKNOWN = "unknown"
-"""In place of a cause where nothing was measured, which is no proof of health."""
+"""The cause of a layer that was not measured, and so not shown to be healthy."""
 
 
 class BatchNormWarning(UserWarning):
@@ -44,21 +44,21 @@ BatchNormWarning.__module__ = BatchNormLagWarning.__module__ = "bn_callbacks"
 
 @dataclass(frozen=True)
 class LayerReport(Figures):
-    """What is known of one BN layer: its `Figures`, and the verdict on them.
+    """The state of one BN layer: its `Figures`, and the verdict on them.
 
-    What cannot be known is `None`.
+    An unknown figure is `None`.
 
     Args:
         path: Path of the layer in its model.
-        cause: `"healthy"`; or `"unknown"`, where nothing was measured; or the likely
-            cause of what is wrong.
-        updates: Updates of the moving averages that were watched; None where they
+        cause: `"healthy"`; the likely cause if something is wrong; or `"unknown"` if
+            nothing was measured.
+        updates: How many updates of the moving averages were watched; None if they
             could not be counted.
         momentum: The layer's momentum.
-        suggested_momentum: A momentum that would do better.
-        advice: What to do, in a sentence or two; empty where nothing is wrong.
-        cleared: The cause that the statistics alone would give a healthy layer, where
-            the losses show that it does no harm; empty otherwise.
+        suggested_momentum: A better momentum.
+        advice: What to do, in a sentence or two; empty if nothing is wrong.
+        cleared: The cause that the statistics alone would suggest, if the losses show
+            that the layer does no harm; empty otherwise.
     """
 
     path: str
@@ -71,14 +71,14 @@ class LayerReport(Figures):
 
     @property
     def verdict(self) -> str:
-        """The cause; of a healthy layer that is far off, also what clears it."""
+        """The cause; for a layer that the loss clears, also what it is cleared of."""
         if not self.cleared:
             return self.cause
         return f"{self.cause} (loss clears {self.cleared})"
 
 
 def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
-    """Diagnoses all layers and puts the verdicts beside what was known of them."""
+    """Diagnoses all layers, and reports each with its figures."""
     reports = (
         LayerReport(
             path=seen.path,
@@ -92,7 +92,8 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
         )
         for seen, verdict in zip(evidence, diagnose_model(evidence), strict=True)
     )
-    # Averages that were watched and never moved are those of a layer that is off.
+    # Without a lag nothing was measured: unless the layer is not called, or its
+    # averages were watched and never moved, its health is unknown.
     return tuple(
         dataclasses.replace(report, cause=UNKNOWN)
         if report.cause == HEALTHY
@@ -105,7 +106,7 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
 
 
 def _cleared(seen: Evidence, verdict: Diagnosis) -> str:
-    """What the statistics alone would say of a layer that the losses call healthy."""
+    """The cause that the statistics alone suggest for a layer that the losses clear."""
     is_near = not (verdict.figures.lag or 0.0) > seen.threshold
     if verdict.cause != HEALTHY or seen.family is not Family.INNOCENT or is_near:
         return ""
@@ -114,10 +115,10 @@ def _cleared(seen: Evidence, verdict: Diagnosis) -> str:
 
 
 MAX_ROWS = 30
-"""Layers in a table, at most: the worst."""
+"""Largest number of layers in a table; it shows the worst."""
 
 MAX_LINES = 10
-"""Episodes in a text, at most: the latest."""
+"""Largest number of episodes in a text; it shows the latest."""
 
 _COLUMNS: dict[str, Callable[[LayerReport], str]] = {
     "layer": lambda layer: layer.path,
@@ -143,10 +144,10 @@ class BatchNormReport:
         clues: Facts known before training that may lead to trouble.
         loss_recalibrated: Loss in inference mode, on the same examples, with the
             statistics of these very examples: what recalibrating can reach.
-        episodes: What was wrong in the training so far, and when, in the order in which
-            it began; what is over included.
+        episodes: What was wrong in the training so far, and when, in the order of
+            their beginnings; those that are over too.
 
-    Penalties (`model.losses`) are no part of the losses.
+    The losses do not include penalties (`model.losses`).
     """
 
     layers: tuple[LayerReport, ...] = ()
@@ -190,7 +191,7 @@ class BatchNormReport:
 
     @property
     def max_lag(self) -> float:
-        """The largest lag; 0.0 without layers, NaN where none is known."""
+        """The largest lag; 0.0 without layers, NaN if no lag is known."""
         known = [layer for layer in self.layers if layer.lag is not None]
         if not known and self.unknown:
             return math.nan
@@ -198,18 +199,18 @@ class BatchNormReport:
 
     @property
     def unknown(self) -> tuple[LayerReport, ...]:
-        """The layers of which nothing was measured."""
+        """The layers that were not measured."""
         return tuple(layer for layer in self.layers if layer.cause == UNKNOWN)
 
     @property
     def residual(self) -> float | None:
-        """The largest residual of any layer; None where none was measured."""
+        """The largest residual of any layer; None if none was measured."""
         known = [each.residual for each in self.layers if each.residual is not None]
         return max(known, default=None)
 
     @property
     def lagging(self) -> tuple[LayerReport, ...]:
-        """The layers with which something is wrong, worst first."""
+        """The layers that are not healthy, worst first; without unknown ones."""
         sick = [layer for layer in self.layers if layer.cause not in (HEALTHY, UNKNOWN)]
         return tuple(sorted(sick, key=severity, reverse=True))
 
@@ -233,7 +234,8 @@ class BatchNormReport:
         """Draws the lag of each layer as a bar, with the noise floor marked.
 
         Needs matplotlib: `pip install "bn-callbacks[plot]"`. A bar has the colour of
-        the layer's cause. The worst layer is at the top; of many, the worst are drawn.
+        the layer's cause. The worst layer is at the top. A large model shows only its
+        worst layers.
 
         Args:
             ax: Where to draw; in a new figure by default.
@@ -272,7 +274,7 @@ class BatchNormReport:
 
     @property
     def loss_line(self) -> str:
-        """The losses and their gap, in a line; empty if they are not known."""
+        """The losses and their gap, in a line; empty if unknown."""
         if self.loss_gap is None:
             return ""
         line = (
@@ -285,7 +287,7 @@ class BatchNormReport:
 
     @property
     def ranked(self) -> tuple[LayerReport, ...]:
-        """All layers, worst first: those that are not healthy, then by their lag."""
+        """All layers: first those that are not healthy, each group by its lag."""
         lagging = self.lagging
         paths = {layer.path for layer in lagging}
         rest = [layer for layer in self.layers if layer.path not in paths]
@@ -329,15 +331,16 @@ class BatchNormReport:
 
 
 class Shrinkage(NamedTuple):
-    """How much of a layer's new statistics is from where, with `prior="stored"`.
+    """How `prior="stored"` has corrected the stored statistics of a layer.
 
     Attributes:
         path: Path of the layer.
-        start_weight: Weight of the values that the moving averages began with, which
-            was taken out of what was stored, from 0 to 1.
-        scale: What that was multiplied with: the mean; the variance with its square.
-        share: How much of the way from there to the sample was gone: 0 for none of it,
-            1 for the statistics of the sample.
+        start_weight: Weight of the start values, from 0 to 1, that was removed from the
+            stored statistics first.
+        scale: Factor by which the mean was multiplied then, and the variance by its
+            square.
+        share: How far the result was moved towards the statistics of the sample: from
+            0, not at all, to 1, all the way.
         error: Standard error of the sample, in standard deviations.
     """
 
@@ -361,26 +364,25 @@ class RecalibrationReport:
     """What a recalibration has measured and done.
 
     Args:
-        before: The layers as they were, against the data.
-        residual: The largest lag of any layer that is left, measured in
-            inference mode over the data; `None` with `refine=0`, where no pass
-            checks the result.
+        before: The layers as they were, compared with the data.
+        residual: The largest lag that is left in any layer, measured in inference mode
+            over the data; `None` with `refine=0`, where no pass checks the result.
         samples: Samples read in one pass.
         batches: Batches read in one pass.
         passes: Passes over the data.
-        committed: Whether the new statistics were written into the model; not
-            where `validation_data` showed that the old ones were better, nor where
-            the new ones would be no nearer to what inference sees.
+        committed: Whether the new statistics were written into the model. They are not
+            written if `validation_data` shows that the old ones are better, or if they
+            are no nearer to what inference sees.
         loss_before: Loss on `validation_data` with the old statistics.
         loss_after: Loss on `validation_data` with the new statistics.
-        unreached: Paths of layers that the data never reached; they keep what
-            they had.
+        unreached: Paths of layers that the data never reached; they keep their
+            statistics.
         skipped: Paths of layers left alone, since `fit` would not update them.
-        residuals: What `residual` is the largest of, for each of `before.layers`;
-            `None` where no pass has measured it.
-        notes: What else there is to say of the data or the result.
-        shrinkage: With `prior="stored"` and few examples, how much of each layer's
-            statistics is from where. `residual` then holds the sample's own error too.
+        residuals: The residual of each of `before.layers`; `None` if no pass has
+            measured it.
+        notes: Remarks on the data or the result.
+        shrinkage: With `prior="stored"` and few examples, how each layer's statistics
+            were corrected. `residual` then includes the sample's own error.
     """
 
     before: BatchNormReport
@@ -399,10 +401,10 @@ class RecalibrationReport:
     _undo: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def undo(self) -> None:
-        """Gives the layers the statistics back that they had before, bit for bit.
+        """Restores the statistics that the layers had before, bit for bit.
 
         Raises:
-            RuntimeError: The report has been pickled, which leaves them behind.
+            RuntimeError: The report has been pickled, without the old statistics.
         """
         self._undo()
 
@@ -424,13 +426,13 @@ class RecalibrationReport:
         return self  # Nobody can change it.
 
     def before_and_after(self) -> list[tuple[LayerReport, float | None]]:
-        """Each layer as it was, and the lag that is left of it, `None` if unknown."""
+        """Each layer as it was, and the lag that it has now, `None` if unknown."""
         after = self.residuals or [None] * len(self.before.layers)
         return list(zip(self.before.layers, after, strict=True))
 
     @property
     def ranked(self) -> list[tuple[LayerReport, float | None]]:
-        """The same, worst before first."""
+        """The same, sorted by the lag before, the worst first."""
         return sorted(
             self.before_and_after(), key=lambda pair: severity(pair[0]), reverse=True
         )
@@ -438,10 +440,10 @@ class RecalibrationReport:
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draws the lag of each layer before, as a bar, and after, as a mark.
 
-        The worst layer is at the top; of many, the worst are drawn.
+        The worst layer is at the top. A large model shows only its worst layers.
 
-        Needs matplotlib: `pip install "bn-callbacks[plot]"`. What is left after is
-        known only where a pass has measured it, so not with `refine=0`.
+        Needs matplotlib: `pip install "bn-callbacks[plot]"`. With `refine=0` there are
+        no marks, since no pass measures the lag after.
 
         Args:
             ax: Where to draw; in a new figure by default.
@@ -521,7 +523,7 @@ def _left_behind() -> None:
 
 
 def severity(layer: LayerReport) -> float:
-    """By what layers are sorted: the lag, unknown ones last, NaN first of all."""
+    """A key to sort layers by: the lag; NaN is the largest, unknown the smallest."""
     if layer.lag is None:
         return -1.0
     return math.inf if math.isnan(layer.lag) else layer.lag
@@ -531,19 +533,17 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 2) -> str:
-    """Rows of cells, aligned.
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligns cells: two columns of names to the left, the figures to the right.
 
     Args:
         rows: The rows, equally long; headings first.
-        left: Number of columns that hold names, to the left. The rest are figures,
-            to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if index < left else cell.rjust(width)
+            cell.ljust(width) if index < 2 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
@@ -563,13 +563,13 @@ def _paragraph(text: str) -> str:
 
 
 def _html(text: str) -> str:
-    """Text that a notebook shows as it is: no tags, and no formulas between dollars."""
-    # What begins a formula in notebooks does not where it is alone in its element.
+    """Escapes tags and formulas, so that a notebook shows the text as it is."""
+    # A dollar alone in its element begins no formula.
     return re.sub(r"[$\\]", r"<span>\g<0></span>", html.escape(text))
 
 
 def plain(value: Any) -> Any:
-    """A value as `json.dumps` takes it: numbers that are not finite as strings."""
+    """A value for `json.dumps`, in which numbers that are not finite are strings."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,15 +1,15 @@
-"""Warnings that point at a line of the user's."""
+"""Warnings that point at a line of the user's code."""
 
 import sys
 import warnings
 from pathlib import Path
 
 LIBRARIES = ("bn_callbacks", "keras", "tensorflow")
-"""Packages in whose files nobody can mend what a warning is about."""
+"""A warning never points into these packages, where the user can mend nothing."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warns, as of the line of the user's that led here, which may be a `fit`.
+    """Warns, and points at the user's line that led here, such as a call of `fit`.
 
     Args:
         message: What happened, with which value, and what to do.

@@ -423,7 +423,7 @@ def test_says_so_where_the_number_of_steps_cannot_be_known():
         callbacks.on_train_end()
 
     with pytest.warns(
-        BatchNormWarning, match="Received: steps or updates a step unknown"
+        BatchNormWarning, match="Received: an unknown number of steps or of updates"
     ) as warned:
         run()
     assert len(warned) == 1

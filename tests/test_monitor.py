@@ -776,7 +776,7 @@ def test_on_lag_raise_raises(tmp_path):
     with pytest.raises(BatchNormLagWarning, match="warming_up"):
         fit_with(monitor, make_model(), x, y, epochs=3)
     assert monitor.report.worst.cause == "warming_up"
-    assert not monitor._writer.is_open
+    assert not any(file.is_open for file in monitor._writer._files.values())
 
 
 def test_on_lag_ignore_says_nothing():

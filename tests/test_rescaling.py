@@ -1,4 +1,4 @@
-"""Data that are those of training, scaled and shifted, and statistics that are stale."""
+"""Data of training that are scaled and shifted, and statistics that are stale."""
 
 import re
 import warnings

@@ -192,7 +192,7 @@ def test_one_instance_in_two_threads_is_told(name):
     assert ready.wait(60)
     model = make_model()
     try:
-        with pytest.raises(RuntimeError, match="at work in a `fit` of another thread"):
+        with pytest.raises(RuntimeError, match="runs in a `fit` of another thread"):
             fit(callback, model=model)
     finally:
         done.set()

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: whose `fit` it is, and when it has ended."""
+"""The base class of the callbacks, which knows whether its own `fit` is running."""
 
 import copy
 import inspect
@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from bn_callbacks.arguments import shown
-from bn_callbacks.callbacks.company import complete_list, enlist, gather, listed
+from bn_callbacks.callbacks.peers import complete_list, enlist, forget_peers, listed
 from bn_callbacks.layers import check_keras, check_model, team_of
 from bn_callbacks.report import BatchNormReport, BatchNormWarning
 from bn_callbacks.warn import warn
@@ -20,12 +20,12 @@ from bn_callbacks.warn import warn
 class BatchNormCallback(keras.callbacks.Callback):
     """A callback that knows whether its own `fit` is running.
 
-    `evaluate` and `predict` take callbacks as well, and after an exception `fit` calls
-    no hook any more. But whatever takes callbacks begins by giving them the model: that
-    is the end of a `fit` before, however it ended.
+    `evaluate` and `predict` call these hooks too, and after an exception `fit` calls
+    none. But Keras first gives the model to its callbacks each time: so `set_model`
+    ends an earlier `fit`, however that went.
 
-    It can be copied and pickled at any time. The copy has the same arguments and shares
-    the data among them; what belongs to a `fit` stays behind.
+    A callback can be copied and pickled at any time. The copy has the same arguments
+    and shares their data; it does not take over the state of a running `fit`.
 
     One instance serves one `fit` at a time.
     """
@@ -41,11 +41,11 @@ class BatchNormCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         if self._is_fitting and is_in_fit(self._thread):
             raise RuntimeError(
-                f"This {type(self).__name__} is at work in a `fit` of another thread. "
-                f"Received: a second `fit`, of model {model.name!r}. Give each of them "
-                "a callback of its own, such as copy.deepcopy(callback)."
+                f"This {type(self).__name__} already runs in a `fit` of another "
+                f"thread. Received: a second `fit`, of model {model.name!r}. Give each "
+                "`fit` a callback of its own, such as copy.deepcopy(callback)."
             )
-        # Keras 2 calls what callbacks of Keras 3 do not have, and this first of all.
+        # Keras 2 calls this before any method that Keras 3's callbacks lack.
         check_keras(model)
         self._is_fitting = False
         super().set_model(model)
@@ -58,10 +58,10 @@ class BatchNormCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         check_model(self.model)
-        gather(self.model)
+        forget_peers(self.model)
         together = listed(self.model)
         if together and together[0] is self:
-            # Workers that do not all come to the same places wait for ever.
+            # Workers with different callbacks would wait for each other for ever.
             lines = [line for i, each in enumerate(together) for line in _told(i, each)]
             team_of(self.model).check_same("callbacks", lines)
         self._is_fitting = True
@@ -76,7 +76,7 @@ class BatchNormCallback(keras.callbacks.Callback):
         return {**state, "params": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # As after `__init__`: of our own class, for a subclass takes what it likes.
+        # `__init__` of our own class: a subclass may take other arguments.
         ours = next(kind for kind in type(self).__mro__ if _is_ours(kind))
         names = list(inspect.signature(ours).parameters)
         self.__dict__.update(vars(ours(**{name: state[name] for name in names})))
@@ -111,11 +111,11 @@ class BatchNormCallback(keras.callbacks.Callback):
 
 
 _FREE = {"verbose", "max_charts"}
-"""Arguments in which workers may differ, since the chief alone heeds them."""
+"""Arguments that only the chief uses, so that workers may differ in them."""
 
 
 def _told(index: int, callback: Any) -> Iterator[str]:
-    """What workers have to agree on of a callback, in lines."""
+    """Lines that describe a callback; they must be equal on all workers."""
     ours = next(kind for kind in type(callback).__mro__ if _is_ours(kind))
     name = f"callback {index}, {type(callback).__name__}"
     yield name
@@ -137,7 +137,7 @@ def _is_ours(kind: type) -> bool:
 
 
 def _private_names(kind: type) -> set[str]:
-    """Private attributes that callbacks of Keras and of ours have, not a subclass's."""
+    """Private attributes of Keras' callbacks and ours, without those of a subclass."""
     functions = [
         function.__code__
         for each in kind.__mro__
@@ -150,7 +150,7 @@ def _private_names(kind: type) -> set[str]:
 
 
 def is_in_fit(thread: int | None) -> bool:
-    """Whether another thread runs some `fit` now."""
+    """Whether the thread is running a `fit` now, and is not the current one."""
     if thread is None or thread == threading.get_ident():
         return False
     frame = sys._current_frames().get(thread)
@@ -162,7 +162,7 @@ def is_in_fit(thread: int | None) -> bool:
 
 
 def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:
-    """Says that a model has no BN layer. Who tries many models wants no error."""
+    """Prints that a model has no BN layer, which is no error: users try many models."""
     print(
         f"{type(callback).__name__}: model {callback.model.name!r} has no "
         f"BatchNormalization layer; there is nothing to {verb}."
@@ -170,13 +170,12 @@ def say_nothing_to_do(callback: BatchNormCallback, verb: str) -> None:
 
 
 def warn_of_unknown(report: BatchNormReport, params: Mapping[str, Any] | None) -> None:
-    """Says why nothing is known of layers that are not known to be healthy."""
+    """Warns that some layers could not be measured, and says why."""
     steps = (params or {}).get("steps")
     warn(
-        f"Nothing could be measured of {len(report.unknown)} of {len(report.layers)} "
-        "BatchNormalization layers in this epoch, which may or may not lag: it is not "
-        "known how many training steps were made. Received: data that ended before "
-        f"steps={steps} were made. Pass `steps_per_epoch` that the data have, or use "
-        "audit().",
+        f"{len(report.unknown)} of {len(report.layers)} BatchNormalization layers "
+        "could not be measured in this epoch, and may lag: it is not known how many "
+        f"training steps were made. Received: data that ended before steps={steps} "
+        "were made. Pass `steps_per_epoch` that the data have, or use audit().",
         BatchNormWarning,
     )

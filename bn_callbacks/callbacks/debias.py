@@ -1,9 +1,9 @@
-"""`DebiasBatchNorm`: takes the start values out of the moving averages."""
+"""`DebiasBatchNorm`: removes the start values from the moving averages."""
 
 from typing import Any
 
 from bn_callbacks.callbacks.base import BatchNormCallback
-from bn_callbacks.callbacks.company import company
+from bn_callbacks.callbacks.peers import peers_of
 from bn_callbacks.layers import find, is_built
 from bn_callbacks.report import BatchNormWarning
 from bn_callbacks.warn import warn
@@ -14,21 +14,20 @@ from bn_callbacks.watching.steps import StepCounter
 class DebiasBatchNorm(BatchNormCallback):
     """Debiases BN's moving averages before each validation and when training ends.
 
-    After `t` updates the values that the averages began with still weigh `m^t`; this
-    takes them out, `(moving − m^t·start) / (1 − m^t)`, as Adam does with its own
-    averages (Kingma & Ba, 2015, arXiv 1412.6980). It costs nothing and needs no
-    data. It cures `warming_up`, and does nothing for other causes.
+    After `t` updates with momentum `m`, the start values still have the weight `m^t`.
+    This callback removes them, `(moving − m^t·start) / (1 − m^t)`, as Adam does with
+    its own averages (Kingma & Ba, 2015, arXiv 1412.6980). It costs nothing and needs
+    no data. It cures `warming_up`, and does nothing for other causes.
 
-    The averages go on from the debiased values. Of these, `m^t` is still the weight
-    that a later debiasing takes out, so that the result at any time is the closed
-    form over all batches since the start.
+    Training continues from the debiased values. The callback remembers their weight,
+    so the result is at any time the weighted mean of all batches since the start.
 
-    A second `fit` with the same instance goes on where the first ended, unless the
-    statistics have been written by others in between.
+    A second `fit` with the same instance continues where the first ended, unless
+    something else has written the statistics in between.
 
     Raises:
-        BatchNormWarning: As a warning, where the number of training steps cannot be
-            known, so that nothing can be debiased.
+        BatchNormWarning: As a warning, if the callback cannot count the training
+            steps. It then leaves the statistics as they are.
 
     Examples:
         >>> import keras, numpy as np
@@ -59,7 +58,7 @@ class DebiasBatchNorm(BatchNormCallback):
             self._starts = StartValues(self.model, find(self.model), before=before)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        company(self.model).debiases = True
+        peers_of(self.model).debiases = True
         self._counter.begin_epoch()
 
     def on_train_batch_begin(
@@ -109,9 +108,9 @@ class DebiasBatchNorm(BatchNormCallback):
         if not self._starts.is_known and not self._has_warned:
             self._has_warned = True
             warn(
-                "DebiasBatchNorm cannot know how many updates were made, and leaves "
-                "the statistics as they are. Received: steps or updates a step "
-                "unknown, or a count that would leave a negative variance. Pass "
+                "DebiasBatchNorm cannot count the updates, and leaves the statistics "
+                "as they are. Received: an unknown number of steps or of updates per "
+                "step, or a count that would leave a negative variance. Pass "
                 "`steps_per_epoch` to `fit`, or recalibrate instead.",
                 BatchNormWarning,
             )

@@ -19,7 +19,7 @@ from bn_callbacks.callbacks.base import (
     say_nothing_to_do,
     warn_of_unknown,
 )
-from bn_callbacks.callbacks.company import company
+from bn_callbacks.callbacks.peers import peers_of
 from bn_callbacks.layers import LayerSelection, iterations, team_of
 from bn_callbacks.measuring.probe import is_probe
 from bn_callbacks.report import BatchNormLagWarning, BatchNormReport
@@ -33,59 +33,60 @@ if TYPE_CHECKING:
     from bn_callbacks.tensorboard import ReportWriter
 
 WRITING_SHARE = 0.003
-"""Share of the time that writing between the epochs' ends takes with `"auto"`."""
+"""Largest share of the time for writing within epochs, with `"auto"`."""
 
 WRITING_COST = 2e-3
-"""Seconds that writing takes for each layer: a guess, until it has been timed."""
+"""Seconds to write one layer: a guess until the first writing has been timed."""
 
 _writers: "WeakKeyDictionary[keras.Model, dict[str, ReportWriter]]" = (
     WeakKeyDictionary()
 )
-"""What has written of a model, by directory: a `fit` that resumes goes on there."""
+"""Each model's writers, by directory: a `fit` that resumes uses them again."""
 
 
 class BatchNormMonitor(BatchNormCallback):
     """Watches the moving statistics of BN layers and warns when they lag.
 
-    Recovers the statistics of the batches from the moving averages themselves: two
-    readings `N` updates apart determine the (weighted) mean of the `N` batches between
-    them, `W = (new − m^N·old) / (1 − m^N)`. There is no hook in the model, no extra
-    forward pass, no data; training is bit for bit what it is without the monitor.
+    The monitor recovers the statistics of the batches from the moving averages alone:
+    two readings `N` updates apart determine the (weighted) mean of the `N` batches
+    between them, `W = (new − m^N·old) / (1 − m^N)`. It needs no hook in the model, no
+    extra forward pass and no data; training is bit for bit what it is without it.
 
-    At each epoch's end the largest lag is put into the logs as `bn_lag`, so that
-    `History`, the progress line, `CSVLogger` and `EarlyStopping` see it; with a
-    `probe`, the loss gap as `bn_loss_gap`, and the loss that recalibrating could reach
-    as `bn_loss_recalibrated`. List the monitor before callbacks that
-    use these logs, and before those that write statistics.
+    At each epoch's end the monitor puts the largest lag into the logs as `bn_lag`,
+    where `History`, the progress line, `CSVLogger` and `EarlyStopping` find it. With a
+    `probe` it adds the loss gap as `bn_loss_gap`, and the loss that recalibrating
+    could reach as `bn_loss_recalibrated`. List the monitor before callbacks that use
+    these logs, and before those that write statistics.
 
     Args:
-        log_dir: Directory for TensorBoard's files; nothing is written without it.
-            They go to a subdirectory of their own, so that it may be the `log_dir`
-            of `keras.callbacks.TensorBoard`: `batch_norm`, or one with a number and the
-            time, where another training has written there. One that resumes goes on in
+        log_dir: Directory for TensorBoard's files; by default none are written. It may
+            be the `log_dir` of `keras.callbacks.TensorBoard`, since the monitor writes
+            into a subdirectory: `batch_norm`, or one with a number and the time if
+            another training has written there. A training that resumes continues in
             its own. The heat map of lags needs Pillow, which newer versions of
             TensorBoard bring along.
-        update_freq: How often to write charts besides each epoch's end: `"auto"`, the
-            default, as often as takes a few thousandths of the time; `"batch"`, or a
-            number of batches, whatever it costs. The averages are read at least as
-            often as their momentum makes sensible.
-        threshold: Lag, in standard deviations, above which something is said; 0.2 by
+        update_freq: How often to write charts within an epoch: `"auto"`, the default,
+            as often as a few thousandths of the training time allow; or, whatever it
+            costs, `"batch"` or a number of batches. The monitor reads the averages at
+            least as often as their momentum requires.
+        threshold: Lag, in standard deviations, above which the monitor warns; 0.2 by
             default.
         on_lag: `"warn"`, the default; `"raise"` (a `BatchNormLagWarning`), or
             `"ignore"`.
         probe: A sample of training data with targets, as `fit` takes them, in the order
-            of training: `(x, y)` of some hundred examples (of data in groups a few
-            whole groups); or the dataset itself, whose first batches are kept, about
-            512 examples; none by default. At each epoch's end the model's loss on it is
-            measured in inference mode, with batch statistics, and with the statistics
-            of the sample itself. The three decide whether anything is wrong at all, and
-            whether recalibrating would cure it.
+            of training: `(x, y)` of some hundred examples (a few whole groups, if the
+            data come in groups); or the dataset itself, of which the monitor keeps the
+            first batches, about 512 examples; none by default. At each epoch's end the
+            monitor measures the model's loss on it three times: in inference mode, with
+            batch statistics, and with the statistics of the sample itself. The three
+            decide whether anything is wrong at all, and whether recalibrating would
+            cure it.
         layers: Which layers, as `recalibrate` takes them; all by default.
         verbose: 0, the default, is silent; 1, and `"auto"`, print the report of each
             epoch, below its progress bar.
-        max_charts: Layers that get charts of their own in TensorBoard, at most, 12 by
-            default: those that lag most. The others are in the summary and in the heat
-            map.
+        max_charts: How many layers get charts of their own in TensorBoard at most,
+            those that lag most; 12 by default. The summary and the heat map show the
+            others too.
 
     Attributes:
         report: The latest `BatchNormReport`; None before the first. Its `episodes` say
@@ -204,7 +205,7 @@ class BatchNormMonitor(BatchNormCallback):
         self._notice_layers(self._watch)
 
     def _make_writer(self, log_dir: str | os.PathLike[str]) -> "ReportWriter":
-        # Loads dozens of modules, which who writes nothing does not need.
+        # Imports dozens of modules, so only where something is written.
         from bn_callbacks.tensorboard import ReportWriter
 
         writer = ReportWriter(log_dir, int(self.max_charts), self.threshold)
@@ -212,7 +213,7 @@ class BatchNormMonitor(BatchNormCallback):
         return writer
 
     def _begin_writing(self, writer: "ReportWriter") -> "ReportWriter":
-        """With the first epoch, when others have restored what they restore."""
+        """Begins with the first epoch, after other callbacks have restored theirs."""
         ours = _writers.setdefault(self.model, {})
         log_dir, step = str(self.log_dir), iterations(self.model)
         before = ours.get(log_dir)
@@ -222,7 +223,7 @@ class BatchNormMonitor(BatchNormCallback):
         return before
 
     def _notice_layers(self, watch: BatchNormWatch) -> None:
-        """Once the layers are found: says if there are none, plans the charts."""
+        """Plans the charts once the layers are found, or says that there are none."""
         if self._budget is not None or watch.layers is None:
             return
         self._budget = Budget(WRITING_SHARE, WRITING_COST * len(watch.layers))
@@ -238,7 +239,7 @@ class BatchNormMonitor(BatchNormCallback):
         if self._writer is not None:
             if not self._has_begun:
                 self._writer = self._begin_writing(self._writer)
-            company(self.model).writer = self._writer
+            peers_of(self.model).writer = self._writer
         self._has_begun = True
         if self._watch is not None:
             self._watch.begin_epoch(epoch)
@@ -295,7 +296,7 @@ class BatchNormMonitor(BatchNormCallback):
         if watch is None:
             return
         watch.close()
-        # If restored or corrected, the report is about something that is gone.
+        # Another callback may have changed the statistics that the report describes.
         final = watch.end()
         self.report = watch.report if watch.layers else self.report
         if self._writer is not None and watch.layers and self.report is not None:
@@ -305,7 +306,7 @@ class BatchNormMonitor(BatchNormCallback):
             self._tell(watch, is_last=True)
 
     def _say(self) -> None:
-        """Prints the report, not before the progress bar of its epoch is complete."""
+        """Prints the report, once the progress bar of its epoch is complete."""
         if self._unsaid:
             print(self._unsaid)
         self._unsaid = ""
@@ -328,8 +329,8 @@ class BatchNormMonitor(BatchNormCallback):
             writer.write(report, step, self._watch.evidence, ends_epoch=ends_epoch)
 
     def _expect(self, watch: BatchNormWatch) -> None:
-        # Not before all callbacks have said what they do.
-        watch.expect(is_recalibrated=company(self.model).recalibrates)
+        # Later than `on_epoch_begin`, in which all callbacks say what they do.
+        watch.expect(is_recalibrated=peers_of(self.model).recalibrates)
 
     def _make_report(self, watch: BatchNormWatch) -> BatchNormReport:
         self._expect(watch)
@@ -338,7 +339,7 @@ class BatchNormMonitor(BatchNormCallback):
     def _tell(self, watch: BatchNormWatch, is_last: bool | None = None) -> None:
         if self.on_lag == "ignore":
             return
-        others = company(self.model)
+        others = peers_of(self.model)
         for message in watch.messages(
             is_last=is_last,
             is_corrected=others.recalibrates,
@@ -354,7 +355,7 @@ class BatchNormMonitor(BatchNormCallback):
 
 
 def _logs(report: BatchNormReport) -> dict[str, float]:
-    """What an epoch's logs are told."""
+    """The figures to put into an epoch's logs."""
     figures = {
         "bn_lag": report.max_lag,
         "bn_loss_gap": report.loss_gap,

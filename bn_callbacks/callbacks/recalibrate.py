@@ -7,7 +7,7 @@ import keras
 
 from bn_callbacks.arguments import check_whole, is_word, shown
 from bn_callbacks.callbacks.base import BatchNormCallback, say_nothing_to_do
-from bn_callbacks.callbacks.company import company
+from bn_callbacks.callbacks.peers import peers_of
 from bn_callbacks.layers import (
     LayerSelection,
     count_inputs,
@@ -28,38 +28,38 @@ from bn_callbacks.report import RecalibrationReport
 class RecalibrateBatchNorm(BatchNormCallback):
     """Recalibrates a model's BN statistics in `fit`, for export or validation.
 
-    See `recalibrate` for what is done. Unfrozen BN layers train on the statistics of
-    batches, so that training itself is not disturbed.
+    It does what `recalibrate` describes. Unfrozen BN layers train on the statistics of
+    batches, so recalibrating does not disturb the training.
 
     List it after callbacks that exchange weights, such as
-    `EarlyStopping(restore_best_weights=True)` and `SwapEMAWeights`: what they put
-    back at the end of training would overwrite the new statistics.
+    `EarlyStopping(restore_best_weights=True)` and `SwapEMAWeights`: the weights that
+    they restore at the end of training would overwrite the new statistics.
 
     Args:
         x: Training data as `fit` takes them.
         batch_size: Samples per batch of arrays; 32 by default.
         steps: Number of batches to use; all by default.
-        tolerance: As in `recalibrate`; by default `"auto"`: for a validation and at an
-            epoch's end, a part of the data that is enough for a standard error of
-            0.01, and for a tenth of an epoch at most; when training ends, all data.
-            Arrays and `PyDataset`s are read in random order; datasets and generators
-            must be in no order, or a part of them is no sample of all.
+        tolerance: As in `recalibrate`; by default `"auto"`, which reads all data when
+            training ends; for a validation and at an epoch's end it stops at a
+            standard error of 0.01, or after about a tenth of an epoch's time. Arrays
+            and `PyDataset`s are read in random order; shuffle datasets and generators
+            yourself, or their first part is no sample of all.
         refine: As in `recalibrate`; `"auto"` by default.
         dropout: As in `recalibrate`; `False` by default.
-        layers: As in `recalibrate`; by default those that `fit` updates.
+        layers: As in `recalibrate`; by default the layers that `fit` updates.
         validation_data: As in `recalibrate`; none by default.
-        when: `"train_end"`, the default: once, when training ends, after optimizers
-            have put averaged weights in. `"validation"`: for each validation too; after
-            it the moving averages are put back and go on undisturbed. `"epoch_end"`: at
-            each epoch's end, after validation, so that checkpoints hold the new
-            statistics, and once more when training ends.
+        when: `"train_end"`, the default: once, when training ends, after the optimizer
+            has put averaged weights into the model. `"validation"`: for each validation
+            too; after it the callback restores the moving averages, which continue
+            undisturbed. `"epoch_end"`: at each epoch's end, after validation, so that
+            checkpoints hold the new statistics, and once more when training ends.
         verbose: 0, the default, is silent; 1, and `"auto"`, show progress and results.
 
     Attributes:
         report: The last `RecalibrationReport`; None before the first.
 
     Raises:
-        ValueError: An argument is none of those above, or as `recalibrate`.
+        ValueError: An argument is none of those above, or `recalibrate` raises it.
 
     Examples:
         >>> import keras, numpy as np
@@ -120,7 +120,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        # A loop of the user's own may have ended without `on_test_end`.
+        # A user's own training loop may have ended without `on_test_end`.
         give_back(model, is_late=True)
         leave_evaluations(model)
 
@@ -130,11 +130,11 @@ class RecalibrateBatchNorm(BatchNormCallback):
         self._recalibrations = {}
         self._has_nothing_to_do = False
         if is_built(self.model):
-            # What is wrong with the arguments shows before hours of training.
+            # Finds mistakes in the arguments before hours of training.
             self._prepare()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        company(self.model).recalibrates = True
+        peers_of(self.model).recalibrates = True
         if self.when == "validation":
             watch_evaluations(self.model)
 
@@ -154,8 +154,8 @@ class RecalibrateBatchNorm(BatchNormCallback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_end(logs)
         leave_evaluations(self.model)
-        # The last epoch's end has done it, unless it was brief or averaged weights have
-        # come in since.
+        # The last epoch's end did it, unless it read only a part of the data, or the
+        # optimizer has put averaged weights in since.
         is_done = self.when == "epoch_end" and self.tolerance != "auto"
         if not is_done or uses_ema(self.model):
             self._recalibrate()
@@ -164,7 +164,7 @@ class RecalibrateBatchNorm(BatchNormCallback):
     def _copied(self, copied: Callable[[Any], Any]) -> BatchNormCallback:
         new = super()._copied(copied)
         if isinstance(self.x, Iterator) and isinstance(new, RecalibrateBatchNorm):
-            # What one of them has read of a generator, the others cannot read again.
+            # Copies share the batches, since a generator can be read only once.
             new._batches = self._batches
         return new
 
@@ -205,6 +205,6 @@ class RecalibrateBatchNorm(BatchNormCallback):
         if self.verbose:
             print("\nRecalibrating BatchNormalization")
         self.report = recalibration.run(self.verbose)
-        writer = company(self.model).writer
+        writer = peers_of(self.model).writer
         if writer is not None:
             writer.mark(self.report, iterations(self.model))

@@ -1,4 +1,4 @@
-"""The command line, `bn-callbacks`."""
+"""The command `bn-callbacks`."""
 
 import argparse
 import contextlib
@@ -22,13 +22,13 @@ from bn_callbacks.installing import import_with_advice
 
 ERROR = 2
 INTERRUPTED = 130
-"""What shells give a command that Ctrl-C has ended."""
+"""The exit status that shells give a command that Ctrl-C has ended."""
 SIGNALLED = 128
-"""What shells add to the number of any other signal."""
+"""Shells add this to the number of any other signal."""
 
 
 def program() -> NoReturn:
-    """Runs the command of this process, and ends it."""
+    """Runs the command of this process, then ends the process."""
     sys.exit(main(is_program=True))
 
 
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None, *, is_program: bool = False) ->
 
     Args:
         arguments: The command and its options; those of the process by default.
-        is_program: Whether the process ends with it.
+        is_program: Whether the process ends with the command.
 
     Returns:
-        The exit status: 0, or 1 where there are findings, or 2 after an error, or 130
-        after Ctrl-C, or 143 after SIGTERM. One line on stderr tells of an error. Once
-        the output is written, it is 0 whatever comes after that.
+        The exit status: 0, or 1 for findings, 2 for an error (with one line on stderr),
+        130 for Ctrl-C, 143 for SIGTERM. Once the output is written, it is 0 whatever
+        happens next.
     """
     options = parse(arguments)
     options.written = []
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, *, is_program: bool = False) ->
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        # What is wrong with a path shows before TensorFlow's seconds of import.
+        # Wrong paths raise before TensorFlow takes seconds to import.
         check_paths(options)
         with _one_line_warnings(), _quiet_stdout(options):
             _import_tensorflow(options.debug)
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.debug:
             traceback.print_exc()
         text = one_line(error)
-        if not isinstance(error, CommandError):  # It is the library's own.
+        if not isinstance(error, CommandError):  # The library names its arguments.
             text = with_options(text, bool(getattr(options, "validation", None)))
         if options.written:
             say(f"{options.written[-1]} was written. After that: {text}")
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stopped(options: argparse.Namespace, how: str, status: int) -> int:
-    """What is said, and the exit status, follow what is on the disk."""
+    """Message and exit status tell whether the output is on the disk."""
     if options.written:
         say(f"{how}, but {options.written[-1]} was written before, as a whole")
         return 0
@@ -92,7 +92,7 @@ def _stopped(options: argparse.Namespace, how: str, status: int) -> int:
 
 
 def _quiet_stdout(options: argparse.Namespace) -> Any:
-    """With `--json`, sends what others print, such as the user's modules, to stderr."""
+    """With `--json`, sends what other code prints, such as user modules, to stderr."""
     if getattr(options, "json", False):
         return contextlib.redirect_stdout(sys.stderr)
     return contextlib.nullcontext()
@@ -109,7 +109,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _import_tensorflow(is_loud: bool) -> None:
-    """Imports TensorFlow without the lines on GPUs that it writes past Python."""
+    """Imports TensorFlow without the lines about GPUs that its C++ code writes."""
     if is_loud or "tensorflow" in sys.modules:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,4 +1,4 @@
-"""`bn-callbacks apply`: a saved model with statistics that were measured before."""
+"""`bn-callbacks apply`: writes measured statistics into a saved model."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a `.keras` file claims to hold, before anything of it is unpacked."""
+"""Checks what a `.keras` file claims to hold, before it is unpacked."""
 
 import zipfile
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 from bn_callbacks.cli.errors import CommandError
 
 MAX_TEXT = 2**28
-"""Bytes of a description of a model: no architecture needs so many."""
+"""Largest number of bytes of a model's description; no architecture needs more."""
 
 MAX_EXPANSION = 200
-"""How many times as large as the file its content may be: weights are no smaller."""
+"""The content may be so many times as large as the file; weights do not shrink more."""
 
 ALWAYS_ALLOWED = 2**26
-"""Bytes that content may have however small the file is."""
+"""Content of so many bytes is allowed, however small the file is."""
 
 
 def check_archive(path: Path) -> None:
-    """Raises a CommandError for what is no model, or would fill the memory.
+    """Raises a CommandError for a file that is no model or would fill the memory.
 
-    Reading stops at the size that a member declares, so that is the one to look at.
+    It trusts the sizes that members declare, since unpacking stops at these.
     """
     wanted = "Pass a file that model.save('model.keras') wrote."
     if not zipfile.is_zipfile(path):
@@ -37,8 +37,8 @@ def check_archive(path: Path) -> None:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise CommandError(
-            f"{path} holds {sorted(twice)[0]!r} more than once, which Keras never "
-            "writes, so that nobody knows which counts. Save it again."
+            f"{path} holds {sorted(twice)[0]!r} more than once, and it is not clear "
+            "which one counts: Keras never writes such a file. Save it again."
         )
     for member in members:
         if member.filename.endswith(".json") and member.file_size > MAX_TEXT:

@@ -1,4 +1,4 @@
-"""Named arrays as what `fit` takes: which are inputs, which are targets."""
+"""Sorts named arrays into inputs and targets, as `fit` takes them."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -19,28 +19,28 @@ WEIGHT = "sample_weight"
 def read_arrays(
     path: Path, layout: InputLayout | None, outputs: Sequence[str]
 ) -> tuple[Any, list[str]]:
-    """The arrays of a `.npz` file, or the inputs in a `.npy` file, as `fit` takes them.
+    """Reads a `.npz` file of arrays, or a `.npy` file of inputs, as `fit` takes them.
 
     Args:
         path: The file.
-        layout: What the model takes, where that is known.
+        layout: What the model takes; None if unknown.
         outputs: Names of the model's outputs.
 
     Returns:
-        The data, and the names of arrays that are not used.
+        The data, and the names of unused arrays.
 
     Raises:
-        CommandError: The file is damaged or holds Python objects, or its arrays are not
-            those of the model.
+        CommandError: The file is damaged or holds Python objects, or its arrays do not
+            fit the model.
     """
     try:
-        # An array of objects is a pickle, which can run any code.
+        # Arrays of objects are pickles, which can run any code.
         if path.suffix == ".npy":
             x = np.load(path, mmap_mode="r", allow_pickle=False)
             if not x.ndim:
                 raise CommandError("One number is no data. Save an array of samples.")
             return x, []
-        # NumPy does not close what it finds damaged.
+        # NumPy does not close a damaged file.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             names, unused = as_fit_takes_them(arrays.files, layout, outputs)
             return tf.nest.map_structure(arrays.__getitem__, names), unused
@@ -62,21 +62,21 @@ def as_fit_takes_them(
 ) -> tuple[Any, list[str]]:
     """Sorts names into inputs, targets and sample weights.
 
-    Inputs are named as the model's inputs, or `x`, or `x_0`, `x_1`, …, or are those
-    that `np.savez` was given without names. Targets are named as the model's outputs,
-    or `y`, or `y_0`, `y_1`, …, or are the unnamed ones after the inputs.
+    Inputs have the names of the model's inputs, or `x`, or `x_0`, `x_1`, …, or
+    `arr_0`, `arr_1`, … if `np.savez` got no names. Targets have the names of the
+    model's outputs, or `y`, or `y_0`, `y_1`, …, or the unnamed places after the inputs.
 
     Args:
         names: The names of arrays.
-        layout: What the model takes, where that is known.
+        layout: What the model takes; None if unknown.
         outputs: Names of the model's outputs.
 
     Returns:
-        `x` or `(x, y)` or `(x, y, sample_weight)`, with names in the places of arrays;
-        and the names that are not used.
+        `x` or `(x, y)` or `(x, y, sample_weight)`, with names in place of arrays; and
+        the unused names.
 
     Raises:
-        CommandError: There is nothing for the model's inputs.
+        CommandError: There are no arrays for the model's inputs.
     """
     own = layout.names if layout else X[:1]
     count = len(own)
@@ -112,7 +112,7 @@ def _find(
     letter: str,
     first: int,
 ) -> list[str] | None:
-    """`count` names that belong together, or None."""
+    """The first complete set of `count` names, or None."""
     choices = [
         list(own),
         *([name] for name in usual),

@@ -1,4 +1,4 @@
-"""How a command ends: signals, streams that nobody reads, and what is said of it."""
+"""Ends commands cleanly: after signals, and when nobody reads their output."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from bn_callbacks.names import printable
 
 SIGNALS = ("SIGTERM", "SIGHUP")
-"""What containers, schedulers and closed terminals send."""
+"""Signals that containers, schedulers and closed terminals send."""
 
 
 class Terminated(BaseException):
-    """The process has been asked to end, as by `kill`.
+    """A signal has asked the process to end, as `kill` does.
 
     Args:
         number: The signal.
@@ -28,18 +28,18 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def heeding_signals(*, is_program: bool = False) -> Iterator[None]:
-    """Signals that would end the process at once raise `Terminated` instead.
+    """Makes signals raise `Terminated`, where they would end the process at once.
 
-    So what is half done is cleaned up. A signal that somebody ignores stays ignored.
+    So the command can clean up. A signal that is ignored stays ignored.
 
     Args:
-        is_program: Whether nothing but the end of the process comes after the block:
-            that takes a second, in which no signal is to change the exit status.
+        is_program: Whether the process ends after the block. That takes a second, in
+            which no signal may change the exit status.
     """
     before: dict[int, Any] = {}
 
     def end(number: int, _: Any) -> NoReturn:
-        for each in before:  # Cleaning up is not to be disturbed.
+        for each in before:  # A second signal must not disturb the cleaning up.
             signal.signal(each, signal.SIG_IGN)
         raise Terminated(number)
 
@@ -58,16 +58,16 @@ def heeding_signals(*, is_program: bool = False) -> Iterator[None]:
 
 
 class Stream:
-    """A stream of text that never ends the work that is told of on it.
+    """A text stream whose errors do not end the command.
 
-    What it cannot encode it escapes. When nobody reads it any more, as behind
-    `| head -1`, or its disk is full, the rest is dropped.
+    It escapes what it cannot encode. When nobody reads it any more, as with
+    `| head -1`, or when the disk is full, it drops the rest.
 
     Args:
         stream: The stream.
 
     Attributes:
-        error: What has made it useless, if anything has.
+        error: The error after which it drops everything; None before.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -78,7 +78,7 @@ class Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes a text, as far as that is possible."""
+        """Writes a text if the stream still works."""
         if self.error is not None:
             return len(text)
         with self._failing():
@@ -92,7 +92,7 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        """Passes on what was written."""
+        """Flushes the stream if it still works."""
         if self.error is not None:
             return
         with self._failing():
@@ -104,7 +104,7 @@ class Stream:
             yield
         except OSError as error:
             self.error = error
-            # Python flushes at its end once more, and would complain.
+            # Python flushes once more at its end, and would print an error.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, self._stream.fileno())
@@ -113,7 +113,7 @@ class Stream:
 
 @contextlib.contextmanager
 def lenient_streams() -> Iterator[Stream]:
-    """Puts a `Stream` before stdout and before stderr. Gives that of stdout."""
+    """Replaces stdout and stderr by a `Stream` each; gives that of stdout."""
     out, err = Stream(sys.stdout), Stream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -124,5 +124,5 @@ def lenient_streams() -> Iterator[Stream]:
 
 
 def say(message: str) -> None:
-    """Says something on stderr, in one line whatever is in it."""
+    """Prints a message to stderr, on one line whatever characters it has."""
     print(f"bn-callbacks: {printable(message)}", file=sys.stderr)

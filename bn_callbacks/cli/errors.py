@@ -1,16 +1,16 @@
-"""Errors as the user of a command line reads them: one line that says what to do."""
+"""Turns errors into one line that tells users of the command line what to do."""
 
 import re
 
 from bn_callbacks.installing import NotInstalledError
 
 LONGEST = 1000
-"""Characters of a line; what Keras says may be pages."""
+"""Largest number of characters in a line; Keras' messages may fill pages."""
 
 EXPECTED = (NotInstalledError, OSError, RuntimeError, TypeError, ValueError)
-"""What the library, Keras and the operating system raise with a message for users."""
+"""Errors of the library, Keras and the system, whose messages are for users."""
 
-# By the names of their classes, since TensorFlow may not be there yet.
+# Keyed by the names of their classes, since TensorFlow may not be imported yet.
 REMEDIES = {
     "DataLossError": "The data are damaged: {}. Write them again.",
     "InvalidArgumentError": "The data cannot be read: {}. Check --data, and --features "
@@ -19,7 +19,7 @@ REMEDIES = {
     "ResourceExhaustedError": "Out of memory: {}. Pass a smaller --batch-size.",
 }
 
-# What the messages of TensorFlow say of graphs that the user has never seen.
+# Parts of TensorFlow's messages about graphs, which the user has never seen.
 _NOISE = re.compile(
     r"\x1b\[[0-9;]*m|"  # Colours.
     r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:\w+\]( name:)?|Traceback \(most recent .*",
@@ -37,7 +37,7 @@ OPTIONS = {
     "validation_data": "--validation",
     "x": "--data",
 }
-"""Arguments of the library's functions -> the options that pass them on."""
+"""The option for each argument of the library's functions."""
 
 _ARGUMENT = re.compile(rf"`({'|'.join(OPTIONS)})`")
 _ASSIGNED = re.compile(rf"\b({'|'.join(OPTIONS)})=(?:\['([^']*)'\]|([\w'./-]*\w'?))")
@@ -48,12 +48,12 @@ class CommandError(RuntimeError):
 
 
 def text_of(error: BaseException) -> str:
-    """What an error says, in one line and without a full stop, to go into another."""
+    """An error's message, on one line and without a full stop, to put into another."""
     return _joined(error).rstrip(". ")
 
 
 def one_line(error: BaseException) -> str:
-    """What the user reads of an error that ends a command."""
+    """The line that a user reads about an error that ends a command."""
     if isinstance(error, EXPECTED):
         return _joined(error)
     kind = type(error).__name__
@@ -64,12 +64,12 @@ def one_line(error: BaseException) -> str:
 
 
 def with_options(text: str, has_validation: bool = False) -> str:
-    """A message of the library, with options in place of arguments.
+    """Replaces the library's arguments in a message by options.
 
     Args:
         text: The message.
-        has_validation: Whether there are data to validate with, which the library
-            calls `x` as well where it reads them.
+        has_validation: Whether there are validation data. The library calls these `x`
+            too.
 
     Examples:
         >>> with_options("`x` ran out of data. Received: steps=9. Pass fewer `steps`.")
@@ -91,7 +91,7 @@ def with_options(text: str, has_validation: bool = False) -> str:
 
 def _joined(error: BaseException) -> str:
     text = str(error)
-    if text.startswith("in user code:"):  # The stack of a traced function comes first.
+    if text.startswith("in user code:"):  # Begins with a stack of traced functions.
         text = re.split(r"\n\s+(?=\w*Error: )", text)[-1]
     notes = getattr(error, "__notes__", [])
     text = " ".join(_NOISE.sub("", " ".join([text, *notes])).split())

@@ -1,4 +1,4 @@
-"""Data that tell which part of them is damaged."""
+"""Makes errors of a dataset name the damaged file."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +9,13 @@ import tensorflow as tf
 class Explained:
     """Batches of a dataset, whose errors name the file that they come from.
 
-    TensorFlow reads ahead in many threads, and its errors say what is wrong, but not
-    where. So after an error all is looked through for the first damaged part.
+    TensorFlow reads ahead in many threads; its errors say what is wrong, but not where.
+    So after an error, `find` searches all files for the first damaged part.
 
     Args:
         dataset: The dataset.
-        find: Looks for damage. Returns what and where, without a full stop; None if
-            nothing is found.
+        find: Searches for damage, and returns what is wrong and where, without a full
+            stop; None if it finds nothing.
     """
 
     def __init__(
@@ -34,5 +34,5 @@ class Explained:
             found = self._find()
             if found is None:
                 raise
-            # Of the same kind, which decides what the user is told to do.
+            # The kind of error decides which advice the user gets.
             raise type(error)(None, None, found) from error

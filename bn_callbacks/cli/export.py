@@ -1,4 +1,4 @@
-"""`bn-callbacks export`: from a saved model to one that can be served."""
+"""`bn-callbacks export`: makes a SavedModel of a saved model, for serving."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
     path = Path(options.output)
     done, facts = "", dict[str, Any](output=str(path), verified=None)
     if report.committed:
-        # Before the export, which is then not its own witness.
+        # Computed before the export, which might change the model.
         expected = expect(model, batches)
         try:
             with replacing(path, options.written) as new:

@@ -1,4 +1,4 @@
-"""A directory of images by class, in the size that the model takes."""
+"""Reads a directory of images by class, in the size that the model takes."""
 
 import contextlib
 import io
@@ -21,10 +21,10 @@ LabelMode = Literal["int", "categorical", "binary"]
 def read_images(
     directory: Path, model: keras.Model, layout: InputLayout | None, batch_size: int
 ) -> tuple[Any, str | None]:
-    """Images of a directory, shuffled, and the number of the class of each.
+    """Reads the images of a directory in random order, with the class of each.
 
     Returns:
-        A dataset, and what else the user should know.
+        A dataset, and a note for the user, or None.
 
     Raises:
         CommandError: There are no images, or the model takes none.
@@ -47,7 +47,7 @@ def read_images(
                 color_mode=COLOURS[channels],
                 image_size=(height, width),
                 batch_size=batch_size,
-                # By file name all images of a class come together.
+                # In the order of file names, classes would come one after the other.
                 shuffle=True,
                 seed=0,
             )
@@ -60,7 +60,7 @@ def read_images(
 
 
 def _first_damaged(paths: Iterable[str]) -> str | None:
-    """What is wrong with the first image that cannot be decoded."""
+    """Describes the first image that cannot be decoded."""
     path = ""
     try:
         for path in paths:
@@ -91,7 +91,7 @@ def _image_size(layout: InputLayout | None, directory: Path) -> tuple[int, int, 
 
 
 def _label_mode(model: keras.Model, classes: int) -> LabelMode | None:
-    """How the model's loss takes the class of an image; None if it cannot."""
+    """The form in which the model's loss takes classes; None if it cannot."""
     shape = _output_shape(model)
     units = shape[-1] if shape else None
     if units == 1 and classes == 2:

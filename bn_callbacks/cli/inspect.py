@@ -1,4 +1,4 @@
-"""`bn-callbacks inspect`: what the BN layers of a saved model store."""
+"""`bn-callbacks inspect`: shows what the BN layers of a saved model store."""
 
 import argparse
 import dataclasses
@@ -28,10 +28,11 @@ from bn_callbacks.statistics.suspicion import (
 )
 
 CERTAIN = (NON_FINITE, NEGATIVE_VARIANCE)
-"""Suspicions that no data can dispel."""
+"""Suspicions that no data can clear."""
 
 CLEAR = 0.5
-"""Error that data allow in each channel, in standard deviations, to dispel the rest."""
+"""Data clear a layer of all other suspicions if each channel's error is smaller, in
+standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class StoredLayer:
 
     Args:
         path: Its path in the model.
-        channels: Length of its statistics.
+        channels: Number of its channels.
         momentum: The weight of the old value in an update.
-        epsilon: What it adds to a variance.
+        epsilon: The number that it adds to a variance.
         dtype: The dtype of its statistics.
         trainable: Whether it is not frozen.
-        mean: The smallest and the largest moving mean that are finite.
-        variance: The smallest and the largest moving variance that are finite.
-        suspicions: What needs a second look.
+        mean: The smallest and the largest finite moving mean.
+        variance: The smallest and the largest finite moving variance.
+        suspicions: What may be wrong with it.
     """
 
     path: str
@@ -62,7 +63,7 @@ class StoredLayer:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints what there is, and returns 1 if something is wrong with it."""
+    """Prints the layers, and returns 1 if something is wrong with them."""
     model = load(options.model, options.custom_objects, is_trusted=options.unsafe)
     found = find(model, options.layers)
     layers = [
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def describe(bn: BatchNormLayer, stored: Statistics) -> StoredLayer:
-    """What is to be said of a layer without any data."""
+    """Describes a layer without data."""
     dtype = str(bn.layer.moving_mean.dtype)
     return StoredLayer(
         path=bn.path,
@@ -114,15 +115,15 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 def find_faults(
     layers: Sequence[StoredLayer], report: BatchNormReport | None
 ) -> dict[str, list[str]]:
-    """Names of what is wrong with each layer, by path; healthy layers are left out.
+    """Names what is wrong with each layer, by path, without the healthy layers.
 
-    Every suspicion is a fault, but that a layer is frozen. Where there are data, they
-    name the cause, and clear layers that are right for them of most suspicions: of dead
-    channels, for instance, or of raw inputs with a huge variance.
+    Each suspicion is a fault, except that a layer is frozen. With data, the cause is
+    one too; and data clear a layer whose statistics fit them of most suspicions, such
+    as dead channels, or the huge variance of raw inputs.
 
     Args:
         layers: The layers.
-        report: What the data have shown, if there are any.
+        report: The audit, if there are data.
     """
     judged = {layer.path: layer for layer in report.layers} if report else {}
     gap = report.loss_gap if report else None
@@ -147,12 +148,12 @@ def _is_clear(verdict: LayerReport, channels: int, gap: float | None) -> bool:
     if verdict.cause != HEALTHY:
         return False
     if verdict.lag is None:
-        # Nothing calls the layer, so it does not matter what it stores.
+        # Nothing calls the layer, so its statistics do not matter.
         return True
     if gap is not None:
         return gap < GAP_LIMIT
     error = verdict.lag if verdict.residual is None else verdict.residual
-    # It is a mean over the channels, in which one bad channel must not hide.
+    # The error is a mean over channels, which must not hide one bad channel.
     return bool(error * math.sqrt(channels) < CLEAR)
 
 
@@ -205,7 +206,7 @@ def _of(count: int) -> str:
 
 
 def _notes(layers: Sequence[StoredLayer]) -> list[str]:
-    """What each kind of suspicion means, as the first layer that has it puts it."""
+    """Explains each kind of suspicion once, with the text of the first layer."""
     seen: dict[str, list[Any]] = {}
     for layer in layers:
         for suspicion in layer.suspicions:

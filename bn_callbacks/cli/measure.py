@@ -1,4 +1,4 @@
-"""`bn-callbacks measure`: the moments of a part of the data, into a file."""
+"""`bn-callbacks measure`: saves the moments of a part of the data."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`bn-callbacks merge`: the moments of several parts, as one."""
+"""`bn-callbacks merge`: merges the moments of several parts."""
 
 import argparse
 from functools import reduce
@@ -28,7 +28,7 @@ def read_moments(name: str) -> PopulationMoments:
     """Reads a file that `measure` or `merge` wrote.
 
     Raises:
-        CommandError: There is none, or it cannot be read.
+        CommandError: The file is missing or cannot be read.
     """
     try:
         return PopulationMoments.load(name)

@@ -1,4 +1,4 @@
-"""Loading saved models, and what to do about those that cannot be loaded."""
+"""Loads saved models, and says what to do about those that cannot be loaded."""
 
 import contextlib
 import inspect
@@ -60,8 +60,8 @@ def load(
 def _policy_of_training(path: str | Path) -> Iterator[None]:
     """Loads a model that was trained under `mixed_float16` under that policy again.
 
-    Only then Keras scales the loss, and knows what to do with the saved state of the
-    optimizer. Without it, that is dropped, and with it the count of steps.
+    Only under this policy does Keras scale the loss and restore the optimizer's state.
+    Under another, it drops the state, and with it the count of steps.
     """
     before = keras.mixed_precision.dtype_policy()
     if _has_scaled_loss(path):
@@ -73,7 +73,7 @@ def _policy_of_training(path: str | Path) -> Iterator[None]:
 
 
 def _has_scaled_loss(path: str | Path) -> bool:
-    """Whether Keras has put an optimizer into a `LossScaleOptimizer` by itself."""
+    """Whether Keras itself has wrapped the optimizer in a `LossScaleOptimizer`."""
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
         optimizer = (config.get("compile_config") or {}).get("optimizer")
@@ -94,7 +94,7 @@ def _public_objects(name: str) -> dict[str, Any]:
 
 
 def _damage(path: str | Path) -> str | None:
-    """What is damaged in the archive, whatever Keras has made of it."""
+    """Says what is damaged in the archive, since Keras' error may not."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = archive.testzip()
@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 
 def _refused(text: str) -> str:
-    """What safe mode has refused, and what to do that does not switch it off."""
+    """Says what safe mode has refused, and what to do without switching it off."""
     if "TFSMLayer" in text:
         return (
             "holds a TFSMLayer, which runs a SavedModel that lies outside the file and "

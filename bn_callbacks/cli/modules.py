@@ -1,4 +1,4 @@
-"""The user's own Python modules, named on the command line."""
+"""Imports the user's modules that the command line names."""
 
 import importlib
 import importlib.machinery
@@ -11,7 +11,7 @@ from bn_callbacks.cli.errors import CommandError, text_of
 
 
 def _prefer(directory: str, name: str) -> None:
-    """Imports a module from a directory, if it is there and not one of Python's own."""
+    """Imports a module from a directory, unless Python has one of the same name."""
     if name in sys.modules or name in sys.stdlib_module_names:
         return
     spec = importlib.machinery.PathFinder.find_spec(name, [directory])
@@ -26,14 +26,14 @@ def _prefer(directory: str, name: str) -> None:
 
 
 def import_module(name: str) -> ModuleType:
-    """Imports a module, looked for where the command is run, too.
+    """Imports a module from the working directory, or an installed one.
 
     Raises:
-        CommandError: There is no such module, or it fails.
+        CommandError: There is no such module, or importing it fails.
     """
     here = os.getcwd()
     if here not in sys.path:
-        # At the end: a file here must not come before what others import later on.
+        # At the end, so that files here do not replace modules imported later.
         sys.path.append(here)
     try:
         _prefer(here, name.partition(".")[0])

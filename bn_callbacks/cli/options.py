@@ -1,4 +1,4 @@
-"""The commands and their options. Nothing heavy is imported to read them."""
+"""Defines the commands and their options, without heavy imports."""
 
 import argparse
 import textwrap
@@ -19,13 +19,13 @@ DATA = (
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the arguments of a command; ends the process for --help and mistakes."""
+    """Parses the arguments of a command; ends the process after --help or a mistake."""
     return _parser().parse_args(arguments)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # What was received may have lines of its own.
+        # The argument may contain line breaks.
         line = printable(" ".join(message.split()))
         self.exit(2, f"{self.prog}: {line}. See {self.prog} --help.\n")
 
@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         [model, data, debug],
         summary="show the BatchNormalization layers of a saved model",
         description=(
-            "Shows what each BatchNormalization layer stores, and what is suspicious "
-            "in it; with --data also how far that is from what the layer sees, and "
-            "what it does to the loss. Changes nothing."
+            "Shows what each BatchNormalization layer stores and what is suspicious "
+            "about it; with --data also how far the statistics are from the data, and "
+            "how this changes the loss. Changes nothing."
         ),
         epilog=(
             "examples:\n"
@@ -104,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         [model, recalibration, data, debug],
         summary="recalibrate a saved model and export it for serving",
         description=(
-            "Recalibrates, exports a SavedModel, loads that in a process of its own "
-            "with TensorFlow alone, and compares what it computes with what the model "
-            "does. An export that differs is removed. MODEL.keras stays as it is."
+            "Recalibrates, exports a SavedModel, loads it in another process with "
+            "TensorFlow alone, and compares its outputs with those of the model. "
+            "Removes an export that differs. MODEL.keras stays as it is."
         ),
         epilog=(
             "example:\n"
@@ -156,8 +156,8 @@ def _in_parts(
         "--statistics",
         metavar="ALL.npz",
         help=(
-            "what all parts had in the round before, merged: layers normalise with "
-            "it (default: with the statistics of each batch)"
+            "the merged moments of the round before, with which layers normalise "
+            "(default: with the statistics of each batch)"
         ),
     )
     command.add_argument(
@@ -172,7 +172,7 @@ def _in_parts(
         commands,
         "merge",
         [debug],
-        summary="merge what was measured of several parts of the data",
+        summary="merge the moments of several parts of the data",
         description=(
             "Merges moments exactly, in any order: the result is that of all data in "
             "one place."
@@ -182,7 +182,7 @@ def _in_parts(
         ),
     )
     command.add_argument(
-        "parts", metavar="PART.npz", nargs="+", help="what measure or merge wrote"
+        "parts", metavar="PART.npz", nargs="+", help="files that measure or merge wrote"
     )
     command.add_argument(
         "--output", metavar="OUT.npz", required=True, help="file for the moments"
@@ -233,7 +233,7 @@ def _command(
         help=summary,
         description=textwrap.fill(description, WIDTH),
         epilog=epilog,
-        # The examples are to keep their lines.
+        # Keeps the line breaks of the examples.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return command
@@ -320,14 +320,14 @@ def _recalibration() -> argparse.ArgumentParser:
         "--prior",
         choices=["stored"],
         help=(
-            "with a handful of examples: correct what is stored by as much as they can "
-            "tell"
+            "with a handful of examples: correct the stored statistics by as much as "
+            "the examples can tell"
         ),
     )
     options.add_argument(
         "--validation",
         metavar="DATA",
-        help="data with targets, in the forms of --data: the better statistics stay",
+        help="data with targets, in the forms of --data, to choose better statistics",
     )
     _layers(options, "recalibrate, even a frozen one")
     return options

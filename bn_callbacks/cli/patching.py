@@ -1,8 +1,7 @@
-"""A saved model with other moving statistics, and not another byte changed.
+"""Replaces the moving statistics in a saved model, and no other byte.
 
-Keras would write what it has understood of a file, which is not always all that is in
-it. So nothing is saved anew: the arrays of the statistics are found in the file, and
-their bytes are replaced.
+Keras would save only what it has understood of a file, which may be less than it holds.
+So this module finds the arrays of the statistics in the file and replaces their bytes.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ Load = Callable[[Path], keras.Model]
 
 
 class SavedStatistics:
-    """The statistics that a model had when it was loaded, to tell what changes.
+    """Remembers the statistics that a model had when it was loaded.
 
     Args:
         source: The file that the model was loaded from.
@@ -48,11 +47,11 @@ class SavedStatistics:
         """Copies the file, with the statistics that the model has now.
 
         Args:
-            path: The copy; its name has to end in `.keras`.
+            path: The copy; its name must end in `.keras`.
 
         Raises:
             CommandError: The file does not hold the statistics as plain arrays, or
-                the copy, once loaded, has others.
+                the copy loads with other statistics.
         """
         new = _values(self._model)
         changed = [i for i, old in enumerate(self._old) if not _is_same(old, new[i])]
@@ -65,11 +64,11 @@ class SavedStatistics:
         self._verify(path, new)
 
     def _find(self, wanted: Sequence[int], folder: Path) -> dict[int, str]:
-        """Names of the arrays in the file that variables are loaded from.
+        """Finds the arrays in the file from which Keras loads the variables.
 
-        Versions of Keras name them differently, and a layer of the user's own may do
-        as it likes. So a copy of the file gets a number in each array that might be
-        one, and what Keras has loaded into the variables tells.
+        Versions of Keras name them differently, and a user's own layer may name them
+        freely. So this writes a number into each possible array of a copy, and loads
+        the copy: the variables then hold the numbers of their arrays.
         """
         if not wanted:
             return {}
@@ -78,7 +77,7 @@ class SavedStatistics:
         _extract(self._source, weights)
         with h5py.File(weights) as file:
             names = [name for name, array in _arrays(file) if array.shape in shapes]
-        # All whole numbers up to this are exact in the dtypes of the variables.
+        # The dtypes of the variables hold all whole numbers up to this exactly.
         is_precise = all(self._old[i].dtype.itemsize >= 4 for i in wanted)
         base = 2**20 if is_precise else 2**7
         found = dict.fromkeys(wanted, 0)
@@ -133,13 +132,13 @@ def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
 
 
 def _powers(base: int, count: int) -> Iterator[int]:
-    """1, base, base², … as far as it takes to count so many."""
+    """1, base, base², …: one for each digit of the numbers below `count`."""
     digits = max(1, math.ceil(math.log(max(count, 1), base)))
     return (base**digit for digit in range(digits))
 
 
 def _arrays(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
-    """All arrays of floating-point numbers, by name."""
+    """All arrays of floating-point numbers, with their names."""
     found: dict[str, h5py.Dataset] = {}
 
     def note(name: str, item: Any) -> None:
@@ -151,7 +150,7 @@ def _arrays(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
 
 
 def _dtype(array: h5py.Dataset) -> np.dtype[Any]:
-    """The dtype of an array; of bfloat16, HDF5 knows no more than the size."""
+    """The dtype of an array; HDF5 stores bfloat16 as bytes, with an attribute."""
     name = array.attrs.get("dtype")
     if array.dtype.kind == "V" and isinstance(name, str):
         with contextlib.suppress(TypeError):
@@ -172,7 +171,7 @@ def _extract(archive: Path, path: Path) -> None:
 
 
 def _patch(path: Path, values: Mapping[str, Any]) -> None:
-    """Overwrites arrays in an HDF5 file, where their bytes are."""
+    """Overwrites arrays in an HDF5 file in place."""
     places: dict[int, bytes] = {}
     others: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
@@ -195,7 +194,7 @@ def _patch(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _copy_archive(source: Path, path: Path, weights: Path) -> None:
-    """Copies a zip archive, member by member, but for the weights."""
+    """Copies a zip archive member by member, with other weights."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
         new.comment = old.comment
         for member in old.infolist():

@@ -1,4 +1,4 @@
-"""What the names of files and directories give away before anything is loaded."""
+"""Checks the names of files and directories before anything is loaded."""
 
 import argparse
 import contextlib
@@ -114,7 +114,7 @@ def _check_new_directory(path: Path) -> None:
 
 
 def _check_mount(path: Path) -> None:
-    """What is mounted, as a volume of a container, cannot be replaced by another."""
+    """Refuses a mount point, such as a container's volume, which cannot be replaced."""
     mounts = set()
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
@@ -139,7 +139,7 @@ def _check_parent(path: Path) -> None:
             f"The directory {parent} is read-only. Choose another for the output."
         )
     try:
-        # Root may write everywhere, it is said, and cannot; nor can long names be.
+        # `os.access` lets root write anywhere, and does not check long names.
         with tempfile.NamedTemporaryFile(dir=parent, suffix=path.name[-200:]):
             pass
     except OSError as error:

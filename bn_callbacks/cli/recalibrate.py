@@ -1,4 +1,4 @@
-"""`bn-callbacks recalibrate`: a saved model with the statistics of its data."""
+"""`bn-callbacks recalibrate`: gives a saved model the statistics of its data."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 def recalibrate(
     model: keras.Model, options: argparse.Namespace
 ) -> tuple[RecalibrationReport, Batches]:
-    """Recalibrates as the options say. Returns the report, and the data once more."""
+    """Recalibrates as the options say. Returns the report and the batches."""
     x, batch_size = open_data(options.data, model, options)
     batches = Batches(
         x, batch_size=batch_size, steps=options.steps, inputs=count_inputs(model)
@@ -60,7 +60,7 @@ def recalibrate(
         validation_data=validation,
         prior=options.prior,
     )
-    # Keras' progress bar is for terminals only: elsewhere it writes endless lines.
+    # Outside a terminal, Keras' progress bar would write endless lines.
     shows_bar = sys.stdout.isatty() and not options.json
     if not options.json and not shows_bar:
         names = f"{options.model} with {options.data}"
@@ -68,7 +68,7 @@ def recalibrate(
     report = recalibration.run(1 if shows_bar else 0)
     if not options.json:
         before = f"Before:\n\n{report.before}\n"
-        # With the bar, the report itself is printed at its end.
+        # With the bar, `run` has printed the report.
         print(before if shows_bar else f"\n{before}\n{with_options(str(report))}")
     return report, batches
 
@@ -79,13 +79,13 @@ def say_result(
     done: str,
     facts: dict[str, Any],
 ) -> None:
-    """Prints the last line, or all of it as JSON.
+    """Prints the last line, or the whole result as JSON.
 
     Args:
-        report: What the recalibration has shown.
+        report: The report of the recalibration.
         options: The command's options.
-        done: What was written, in a sentence.
-        facts: The same for JSON; None for each where nothing was written.
+        done: A sentence that says what was written.
+        facts: The same for JSON. If nothing was written, each becomes None.
     """
     if options.json:
         if not report.committed:

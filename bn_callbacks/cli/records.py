@@ -1,4 +1,4 @@
-"""TFRecord files, and the specification of what their examples hold."""
+"""Reads TFRecord files, and the specification of their examples."""
 
 import contextlib
 import glob
@@ -21,16 +21,16 @@ from bn_callbacks.cli.explained import Explained
 from bn_callbacks.layers import InputLayout
 
 _HEADER, _FOOTER = 12, 4
-"""Bytes before a record, its length first, and after it."""
+"""Bytes before a record, which begin with its length, and after it."""
 
 MAX_RECORD = 2**32
-"""Bytes of a record: more than fits into a message of protocol buffers."""
+"""Largest number of bytes in a record; messages of protocol buffers are smaller."""
 
 ENCODINGS = ("raw", "tensor", "image")
 
 MAX_ELEMENTS = 2**28
-"""Numbers in a feature of one example: a gigabyte, where TensorFlow asks for memory
-without looking whether there is any."""
+"""Largest number of elements in a feature of one example: a gigabyte. TensorFlow would
+allocate more without checking the free memory."""
 
 EXAMPLE = (
     '{"inputs": {"image": {"shape": [28, 28, 1], "dtype": "float32"}}, '
@@ -39,17 +39,17 @@ EXAMPLE = (
 
 
 class Feature:
-    """One feature of an example: how it is stored, and what it becomes.
+    """One feature of an example: how it is stored, and the tensor that it becomes.
 
     Args:
         name: Its name in the example.
-        spec: `shape` and `dtype` of the tensor; and where it is stored as bytes,
-            `encoding`: `"raw"` for the bytes of the numbers, `"tensor"` for what
-            `tf.io.serialize_tensor` gives, `"image"` for JPEG, PNG and the like, which
-            is resized to the shape.
+        spec: `shape` and `dtype` of the tensor; and `encoding` if it is stored as
+            bytes: `"raw"` for the bytes of the numbers, `"tensor"` for the result of
+            `tf.io.serialize_tensor`, `"image"` for JPEG, PNG and the like, which are
+            resized to the shape.
 
     Raises:
-        CommandError: The specification is not of this form.
+        CommandError: The specification has another form.
     """
 
     def __init__(self, name: str, spec: Any) -> None:
@@ -76,16 +76,16 @@ class Feature:
 
     @property
     def stored(self) -> Any:
-        """How TensorFlow finds it in an example."""
+        """The specification with which TensorFlow parses it."""
         if self.encoding is not None:
             return tf.io.FixedLenFeature([], tf.string)
-        # An example knows three kinds of lists.
+        # Examples hold lists of floats, integers or bytes.
         kind = tf.float32 if self.dtype.is_floating else tf.int64
         kind = tf.string if self.dtype == tf.string else kind
         return tf.io.FixedLenFeature(self.shape, kind)
 
     def decode(self, value: Any) -> Any:
-        """The tensor that it becomes."""
+        """Decodes the stored value into the tensor."""
         if self.encoding == "raw":
             value = tf.reshape(tf.io.decode_raw(value, self.dtype), self.shape)
         elif self.encoding == "tensor":
@@ -104,19 +104,19 @@ def read_records(
     outputs: Sequence[str],
     batch_size: int,
 ) -> Explained:
-    """Examples of TFRecord files, in batches, as `fit` takes them.
+    """Reads examples of TFRecord files in batches, as `fit` takes them.
 
     Args:
         pattern: A file, a directory of files, or a pattern such as `train-*.tfrecord`;
             files whose names end in `.gz` are decompressed.
         spec: A JSON file with the `inputs` and `targets` of an example, or with its
-            features, if their names tell which is which as those of arrays do.
+            features, if their names say which is which, as those of arrays do.
         layout: What the model takes.
         outputs: Names of the model's outputs.
-        batch_size: Examples a batch.
+        batch_size: Examples per batch.
 
     Raises:
-        CommandError: There are no files, or the specification is not as it should be.
+        CommandError: There are no files, or the specification is wrong.
     """
     files = _files(pattern)
     features, inputs, targets = _read_spec(Path(spec))
@@ -141,7 +141,7 @@ def read_records(
     @tf.autograph.experimental.do_not_convert
     def parse(example: Any) -> Any:
         values = tf.io.parse_single_example(example, stored)
-        # tf.data would make one tensor of a list.
+        # tf.data would join a list to one tensor.
         return _tuples(
             tf.nest.map_structure(
                 lambda role: features[roles[role]].decode(values[roles[role]]), names
@@ -159,15 +159,15 @@ def read_records(
 
 
 def _check_lengths(name: str, is_compressed: bool) -> None:
-    """Looks at the length that each record declares, for TensorFlow takes it as true.
+    """Checks the length that each record declares, which TensorFlow trusts.
 
     Raises:
-        CommandError: TensorFlow would ask for memory that no file can fill.
+        CommandError: A record declares more bytes than it can have.
     """
     with contextlib.ExitStack() as stack:
         opened: Any = gzip.open if is_compressed else open
         file = stack.enter_context(opened(name, "rb"))
-        # What is no archive, or a torn one, TensorFlow names itself.
+        # TensorFlow itself names a file that is no archive, or a torn one.
         stack.enter_context(contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error))
         for number in itertools.count():
             header = file.read(_HEADER)
@@ -186,7 +186,7 @@ def _check_lengths(name: str, is_compressed: bool) -> None:
 def _first_damaged(
     files: Sequence[str], compression: str | None, parse: Callable[[Any], Any]
 ) -> str | None:
-    """What is wrong with the first record that cannot be read or parsed."""
+    """Describes the first record that cannot be read or parsed."""
     for name in files:
         number = -1
         try:
@@ -206,7 +206,7 @@ def _first_damaged(
 
 
 def _roles(names: Sequence[str], letter: str, own: Sequence[str]) -> dict[str, str]:
-    """Names that `as_fit_takes_them` knows -> names of features."""
+    """The name of a feature for each name that `as_fit_takes_them` knows."""
     if set(names) == set(own):
         return {name: name for name in names}
     if len(names) == 1:
@@ -237,7 +237,7 @@ def _files(pattern: str) -> list[str]:
 
 
 def _read_spec(path: Path) -> tuple[dict[str, Feature], list[str], list[str]]:
-    """The features; and the names of inputs and of targets, where these are told."""
+    """The features, and the names of inputs and targets if the file gives them."""
     try:
         spec = json.loads(path.read_text("utf-8"))
         is_grouped = "shape" not in spec.get("inputs", {"shape": None})

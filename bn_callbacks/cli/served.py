@@ -1,6 +1,6 @@
-"""Runs a SavedModel as a server does: TensorFlow alone, and no Keras.
+"""Runs a SavedModel as a server does, with TensorFlow and without Keras.
 
-A program of its own, which `serving.verify` starts.
+`serving.verify` starts this module as another process.
 """
 
 import sys
@@ -48,7 +48,7 @@ def save(path: Path, batches: list[list[NDArray[Any]]]) -> None:
 
 
 def load(path: Path) -> list[list[NDArray[Any]]]:
-    """Reads what `save` has written."""
+    """Reads a file that `save` has written."""
     batches: list[list[NDArray[Any]]] = []
     with np.load(path) as arrays:
         for name in arrays.files:
@@ -59,7 +59,7 @@ def load(path: Path) -> list[list[NDArray[Any]]]:
 
 
 def storable(tensor: Any) -> NDArray[Any]:
-    """A tensor as a file takes it, which knows no bfloat16 and no objects."""
+    """A tensor for a file: NumPy saves neither bfloat16 nor objects."""
     import tensorflow as tf
 
     if tensor.dtype == tf.bfloat16:

@@ -1,4 +1,4 @@
-"""A SavedModel of a model, and the proof that it computes the same."""
+"""Exports a SavedModel, and proves that it computes what the model does."""
 
 import contextlib
 import importlib.util
@@ -29,28 +29,29 @@ from bn_callbacks.layers import (
 from bn_callbacks.measuring.data import Batch
 
 SAMPLES = 128
-"""Samples to compare, in whole batches: enough to see any mistake in a graph."""
+"""Smallest number of samples to compare, in whole batches; enough to see mistakes in a
+graph."""
 
 BOUND = 1e-3
 """Largest difference in an output, in standard deviations of that output."""
 
 ROUNDING = 32
-"""Rounding errors that an output may have beside that: machine epsilons of itself."""
+"""Rounding errors allowed in addition, in machine epsilons of the output."""
 
 PACKAGES = ("bn_callbacks", "tensorflow", "numpy")
-"""What the process that serves imports."""
+"""Packages that the serving process imports."""
 
 Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the comparison has shown.
+    """The result of the comparison.
 
     Args:
         difference: The largest difference of an output, in its standard deviations.
         samples: The samples compared.
-        bound: The largest difference that is allowed.
+        bound: The largest difference allowed.
     """
 
     difference: float
@@ -66,7 +67,7 @@ class Proof:
 
 
 def export_saved_model(model: keras.Model, path: Path) -> None:
-    """Writes a SavedModel, without the page that Keras prints about it.
+    """Writes a SavedModel, and hides the page that Keras prints about it.
 
     Raises:
         CommandError: Keras cannot make a graph of the model.
@@ -85,12 +86,12 @@ def export_saved_model(model: keras.Model, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What an export has to compute.
+    """What an export must compute.
 
     Args:
         inputs: The model's inputs in each batch.
-        outputs: What the model computes from them.
-        samples: The samples in all batches.
+        outputs: The model's outputs for them.
+        samples: Number of samples in all batches.
         precision: Machine epsilon of the model's computations.
     """
 
@@ -101,10 +102,10 @@ class Expectation:
 
 
 def expect(model: keras.Model, batches: Iterable[Batch]) -> Expectation:
-    """What an export of the model, as it is now, has to compute from data.
+    """Computes what an export of the model, as it is now, must compute from data.
 
-    The model is called in inference mode, layer by layer and not through a graph. The
-    first sample comes once more on its own, as a batch of another size.
+    Calls the model in inference mode, layer by layer and without a graph. The first
+    sample is used twice, the second time alone, as a batch of another size.
     """
     inputs: list[Arrays] = []
     outputs: list[Arrays] = []
@@ -127,18 +128,18 @@ def expect(model: keras.Model, batches: Iterable[Batch]) -> Expectation:
 
 
 def verify(path: Path, expected: Expectation) -> Proof:
-    """Compares what a SavedModel computes with what it has to compute.
+    """Compares the outputs of a SavedModel with what it must compute.
 
-    Another process loads it with TensorFlow, in which importing Keras fails, as on a
-    server: what depends on this process, such as `tf.numpy_function`, shows. Both run
-    on the CPU, so that nothing but the export can make a difference.
+    Another process loads it with TensorFlow. Importing Keras fails there, as on a
+    server, so a graph that depends on this process, such as `tf.numpy_function`, does
+    not run. Both processes use the CPU, so that only the export makes a difference.
 
     Args:
         path: The SavedModel's directory.
-        expected: What it has to compute.
+        expected: What it must compute.
 
     Raises:
-        CommandError: It computes something else, or does not run.
+        CommandError: It does not run, or computes something else.
     """
     results = _serve(path, expected.inputs)
     worst = 0.0
@@ -158,7 +159,7 @@ def verify(path: Path, expected: Expectation) -> Proof:
 
 
 def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:
-    """What a SavedModel computes in a process of its own."""
+    """The outputs of a SavedModel in another process."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -168,7 +169,7 @@ def _serve(path: Path, inputs: list[Arrays]) -> list[Arrays]:
         given, results = folder / "given.npz", folder / "results.npz"
         served.save(given, inputs)
         done = subprocess.run(
-            # Isolated: whatever lies in the working directory is not imported.
+            # Isolated: Python imports nothing from the working directory.
             [sys.executable, "-I", "-c", _START, *_homes(), "--", path, given, results],
             env=environment,
             cwd=folder,
@@ -192,11 +193,11 @@ sys.path += [path for path in sys.argv[1:end] if path not in sys.path]
 del sys.argv[1:end + 1]
 runpy.run_module({served.__name__!r}, run_name="__main__", alter_sys=True)
 """
-"""What the process runs; our own places come after those of Python itself."""
+"""The program of the process. Our directories come after those of Python itself."""
 
 
 def _homes() -> list[str]:
-    """Where this process has its packages from."""
+    """The directories from which this process imports its packages."""
     origins = [
         str(getattr(importlib.util.find_spec(name), "origin", "")) for name in PACKAGES
     ]
@@ -211,8 +212,8 @@ def _difference(
     """The largest difference of one output, in its own standard deviations.
 
     Args:
-        wanted: What the model computes, for each batch.
-        given: What the export computes.
+        wanted: The model's outputs for each batch.
+        given: The export's outputs.
         precision: Machine epsilon of the model's computations.
     """
     if any(one.shape != other.shape for one, other in zip(wanted, given, strict=True)):
@@ -226,7 +227,7 @@ def _difference(
             "The model's own outputs are not finite on the data, so that the export "
             "cannot be verified; it was removed. Look for NaN in weights and data."
         )
-    # An output that never varies may differ by rounding alone.
+    # Rounding alone may change an output, even one that is constant.
     rounding = ROUNDING * precision * np.abs(one).max(axis=0)
     scale = one.std(axis=0) + rounding / BOUND
     difference = np.abs(other - one)
@@ -236,7 +237,7 @@ def _difference(
 
 
 def _rows(batches: list[NDArray[Any]]) -> NDArray[np.float64]:
-    """All values of an output, with a column for each unit."""
+    """All values of an output, one column for each unit."""
     units = batches[0].shape[-1] if batches[0].ndim > 1 else 1
     return np.concatenate(
         [part.astype(np.float64).reshape(-1, units) for part in batches]

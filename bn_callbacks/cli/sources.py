@@ -1,4 +1,4 @@
-"""What `--data` may name, as what `fit` takes."""
+"""Opens what `--data` names, as `fit` takes it."""
 
 import argparse
 import itertools
@@ -27,7 +27,7 @@ class Data(NamedTuple):
 
     Args:
         x: The data.
-        batch_size: Samples a batch, where `x` does not come in batches.
+        batch_size: Samples per batch; None if `x` comes in batches.
     """
 
     x: Any
@@ -35,18 +35,18 @@ class Data(NamedTuple):
 
 
 def open_data(text: str, model: keras.Model, options: argparse.Namespace) -> Data:
-    """Opens what the user has named as data.
+    """Opens the data that an option names.
 
     Args:
         text: A file, a directory, a pattern, or a function.
-        model: The model that is to take the data.
-        options: The command's options; `features` and `batch_size` are used.
+        model: The model that will take the data.
+        options: The command's options, of which `features` and `batch_size` are used.
 
     Raises:
-        CommandError: It is none of what `--data` takes, or cannot be read.
+        CommandError: `--data` does not take this, or it cannot be read.
     """
     layout = input_layout(model)
-    # Of a sequential model Keras keeps no names of outputs.
+    # Sequential models have no names of outputs.
     outputs = list(getattr(model, "output_names", None) or [])
     path, batch_size = Path(text), options.batch_size
     is_records = ".tfrec" in path.name or any(path.glob("*.tfrec*"))
@@ -105,7 +105,7 @@ def _call(module: str, name: str) -> Any:
 
 
 def _load_saved(path: Path) -> tf.data.Dataset:
-    """What `tf.data.Dataset.save` wrote, whose compression only a look tells."""
+    """Loads what `tf.data.Dataset.save` wrote, with or without compression."""
     dataset = tf.data.Dataset.load(str(path))
     try:
         next(iter(dataset), None)
@@ -118,7 +118,7 @@ def _load_saved(path: Path) -> tf.data.Dataset:
 def _in_batches(
     dataset: tf.data.Dataset, layout: InputLayout | None, batch_size: int | None
 ) -> tf.data.Dataset:
-    """Batches of a dataset, which may be one of single examples."""
+    """Divides a dataset into batches if it has single examples."""
     x, *_ = keras.utils.unpack_x_y_sample_weight(dataset.element_spec)
     if layout is not None:
         named = isinstance(x, dict) and all(name in x for name in layout.names)

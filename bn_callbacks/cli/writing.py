@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Writes files and directories that appear whole or not at all."""
 
 import contextlib
 import os
@@ -18,29 +18,29 @@ _PREFIX = "bn-callbacks-"
 _TEMPORARY = re.compile(rf"\.?{_PREFIX}(?P<host>[0-9a-f]+)-(?P<process>\d+)-.*")
 
 _ours: set[str] = set()
-"""Temporary names that this process uses now."""
+"""Temporary names in use by this process."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path, written: list[Path] | None = None) -> Iterator[Path]:
-    """Gives a new name beside `path`; what is written there then takes its place.
+    """Gives a new name beside `path`. What the block writes there then replaces `path`.
 
-    It does so in one step, and only if the block has ended well and the disk holds all
-    of it. Otherwise, after Ctrl-C too, `path` is as before and the new name is gone.
-    Until then nobody else can read it. What is replaced leaves its owner, its mode and
-    its extended attributes, as far as that is permitted.
+    This is one step, which happens only if the block ends well and all is on the disk.
+    Otherwise, after Ctrl-C too, `path` is as before and the new file is removed. Until
+    then nobody else can read it. The new file gets the owner, the mode and the extended
+    attributes of the old one, as far as that is permitted.
 
     Args:
         path: A file, which may exist, or a directory, which may exist if it is empty.
-        written: Gets `path` as soon as it is in its place, whatever happens then.
+        written: `path` is appended as soon as it is replaced, whatever happens next.
 
     Returns:
-        A context manager that gives the new name, which ends as that of `path` does.
+        A context manager that gives the new name, with the suffix of `path`.
 
     Raises:
         CommandError: The disk is full, the directory read-only, or the like.
     """
-    # Not the link, but the file that it leads to, is replaced.
+    # Replaces the file that a link points to, not the link.
     target = path.resolve()
     new = target.with_name(f".{_name()}{target.suffix}")
     missing = [parent for parent in target.parents if not parent.exists()]
@@ -72,7 +72,7 @@ def replacing(path: Path, written: list[Path] | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for what nobody else is to read; gone when the block ends."""
+    """Makes a folder that nobody else can read, and removes it after the block."""
     folder = Path(tempfile.gettempdir(), _name())
     _ours.add(folder.name)
     sweep(folder.parent)
@@ -85,8 +85,8 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what processes of ours have left that have died without cleaning up."""
-    if os.name == "nt":  # Where asking whether a process lives would end it.
+    """Removes files of our processes that died without cleaning up."""
+    if os.name == "nt":  # `os.kill` with 0 would end a process there.
         return
     with contextlib.suppress(OSError):
         for path in directory.iterdir():
@@ -96,7 +96,7 @@ def sweep(directory: Path) -> None:
 
 
 def cannot_write(path: Path, reason: str) -> CommandError:
-    """The error when `replacing` has failed, for a reason without a full stop."""
+    """Makes the error for a failed `replacing`; the reason has no full stop."""
     return CommandError(
         f"Cannot write {path}: {reason}. Nothing was left behind. Make room, or write "
         "to another place."
@@ -116,7 +116,7 @@ def _is_left(path: Path, match: re.Match[str]) -> bool:
     if match["host"] != _host() or path.lstat().st_uid != os.geteuid():
         return False
     if int(match["process"]) == os.getpid():
-        return True  # Of one that had the same number, as the first of a container.
+        return True  # Left by an earlier process with our number, as in a container.
     try:
         os.kill(int(match["process"]), 0)
     except (ProcessLookupError, OverflowError):
@@ -128,7 +128,7 @@ def _is_left(path: Path, match: re.Match[str]) -> bool:
 
 @contextlib.contextmanager
 def _private() -> Iterator[int]:
-    """Whatever is made inside is for its owner alone. Gives the mask from before."""
+    """Makes new files readable by their owner only. Gives the mask from before."""
     mask = os.umask(0o077)
     try:
         yield mask
@@ -137,7 +137,7 @@ def _private() -> Iterator[int]:
 
 
 def _give_modes(new: Path, target: Path, mask: int) -> None:
-    """Gives what is new the modes that it is to have."""
+    """Sets the modes of the new files."""
     for directory, _, names in os.walk(new):
         for name in names:
             os.chmod(Path(directory, name), 0o666 & ~mask)
@@ -149,7 +149,7 @@ def _give_modes(new: Path, target: Path, mask: int) -> None:
 
 
 def _take_over(target: Path, new: Path) -> None:
-    """Owner, mode and extended attributes of what is replaced."""
+    """Copies owner, mode and extended attributes from the file that is replaced."""
     old, mine = target.stat(), new.stat()
     mode = stat.S_IMODE(old.st_mode)
     chown: Any = getattr(os, "chown", None)
@@ -159,7 +159,7 @@ def _take_over(target: Path, new: Path) -> None:
                 chown(new, owner, old.st_gid)
                 break
         if new.stat().st_gid != old.st_gid:
-            # What its group might do is not for another one.
+            # The new group must not get the rights of the old one.
             mode &= ~0o070 | (mode & 0o007) << 3
     if hasattr(os, "listxattr"):
         with contextlib.suppress(OSError):
@@ -177,7 +177,7 @@ def _is(path: Path, identity: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or all in a directory, is on the disk."""
+    """Waits until a file, or a directory with all its files, is on the disk."""
     if not path.is_dir():
         _flush_entry(path)
         return
@@ -188,9 +188,9 @@ def _flush(path: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows has no handle to wait on.
+    if os.name == "nt" and path.is_dir():  # Windows cannot flush a directory.
         return
-    # Windows flushes only what is open for writing.
+    # Windows flushes only files that are open for writing.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

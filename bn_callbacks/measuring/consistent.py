@@ -1,23 +1,23 @@
-"""The statistics that inference sees: start reading here.
+"""Finds the statistics that inference sees: start reading here.
 
-What is wanted is a fixed point. If every layer normalises with its statistics `s`, a
-pass over the data finds the moments `F(s)` of every layer's input, and `s` is right if
+They are a fixed point. If every layer normalises with its statistics `s`, a pass over
+the data finds the moments `F(s)` of every layer's input, and `s` is right if
 `F(s) = s`. Three ideas lead there:
 
-1. *A sample solves itself.* A sample of the data is run as one batch, each layer
-   normalising with the statistics of that whole sample. They are the fixed point of
-   the sample, found in one forward pass.
-2. *All data correct the sample.* A pass over the data with `s` given finds `F(s)`; of
-   the sample alone it would be `C(s)`. The sample is run again, and each layer
-   normalises with the sample's statistics and what they lack: `F(s) − C(s)` of the
-   mean, `F(s)/C(s)` of the variance. This is a defect correction, as in multigrid
-   methods; each shrinks the error, usually 10 to 50 times.
-3. *Layer by layer*, where a sample is no model of the data or cannot be run as one
-   batch: each layer takes what the last pass has found, but for those that are right.
+1. *A sample solves itself.* Run a sample of the data as one batch, in which each layer
+   normalises with the statistics of that whole sample. They are the fixed point of the
+   sample, found in one forward pass.
+2. *All data correct the sample.* A pass over the data with `s` given finds `F(s)`; a
+   pass over the sample alone finds `C(s)`. Run the sample again, and let each layer
+   add `F(s) − C(s)` to the sample's mean and multiply its variance by `F(s)/C(s)`.
+   This is a defect correction, as in multigrid methods; each one makes the error
+   smaller, usually 10 to 50 times.
+3. *Layer by layer*, where the sample does not represent the data or cannot run as one
+   batch: each layer takes what the last pass has found, unless it is right already.
    The first layer is right after one pass, the second after two, and so on.
 
-The best statistics seen are returned, with the residual `lag(F(s), s)` that a pass has
-measured.
+The result is the best statistics seen, with the residual `lag(F(s), s)` that a pass
+has measured.
 """
 
 import math
@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from bn_callbacks.layers import BatchNormLayer
-from bn_callbacks.measuring.data import Batch, Batches, First
+from bn_callbacks.measuring.data import Batch, Batches, FirstBatches, Source
 from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.one_pass import Measurement, Population, Until
 from bn_callbacks.measuring.progress import Progress
@@ -43,27 +43,27 @@ from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 
 RESIDUAL_LIMIT = 1e-3
-"""Lag in inference mode at which the fixed point is taken to hold."""
+"""Largest lag in inference mode of statistics that count as the fixed point."""
 
 OVERFLOW = float(np.finfo(np.float32).max)
-"""From here on no float32 holds a value."""
+"""The largest float32."""
 
 MAX_FAILURES = 3
-"""Corrections that may fail before the sample is given up."""
+"""Failed corrections after which the sample is no longer used."""
 
 EXTRA_PASSES = 10
-"""Passes beyond the number of layers, at most."""
+"""Largest number of passes beyond the number of layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Statistics, and what a pass has shown of them.
+    """Statistics, and what a pass has measured with them.
 
     Args:
-        statistics: Of each layer, as it can store them: `s`.
-        measured: What inference has with them: `F(s)`.
-        residuals: The distance of the two, for each layer; None where the data have
-            not reached it.
+        statistics: `s`, of each layer, as it can store them.
+        measured: `F(s)`, measured in inference mode with these statistics.
+        residuals: The lag between the two, for each layer; None where the data have
+            not reached the layer.
     """
 
     statistics: list[Statistics]
@@ -72,7 +72,7 @@ class Solution:
 
     @property
     def residual(self) -> float:
-        """The largest distance of any layer."""
+        """The largest residual of any layer."""
         return known(self.residuals) or 0.0
 
 
@@ -92,13 +92,13 @@ def consistent(
     Args:
         population: The layers.
         batches: The data.
-        old: What the layers store, for those that the data do not reach.
+        old: What the layers store. Layers that the data do not reach keep it.
         limit: Residual that is small enough.
-        until: Ends the first pass early; the others read as much.
-        most: Examples in the sample at most, which is then the beginning of the data;
-            None for as many as memory allows, from all data.
-        passes: Passes at most, however far from the solution; by default some more
-            than there are layers, which is enough.
+        until: Ends the first pass early; further passes read the same batches.
+        most: Largest number of examples in the sample, which then comes from the
+            beginning of the data; None for as many as memory allows, from all data.
+        passes: Largest number of passes, even if the result is not precise; by default
+            some more than there are layers, which is enough.
         progress: Shows the passes.
 
     Returns:
@@ -110,7 +110,7 @@ def consistent(
     layers = population.layers
     with population.team.agreed():
         model = _Model(population, batches, old, most)
-    source: Batches | First | Sample = model.sample
+    source: Source = model.sample
     given = model.solve()
     if given is None:
         progress.begin("measuring by batch")
@@ -123,7 +123,7 @@ def consistent(
         progress.begin("correcting" if best else "measuring")
         measured = _read(
             population,
-            # Whether more is needed is asked batch by batch.
+            # `until` must see each batch by itself.
             Joined(source, 0 if until else model.joined),
             given,
             until,
@@ -142,7 +142,7 @@ def consistent(
             best = None
         corrected = model.solve(last) if is_better else None
         if not is_better and is_corrected:
-            # Back to where it was good, and layer by layer from there.
+            # Returns to the best statistics, and goes on layer by layer from there.
             last = best or last
             model.fail()
         is_corrected = corrected is not None
@@ -153,11 +153,11 @@ def consistent(
 
 
 class _Model:
-    """A sample of the data, as a model of all of them.
+    """A sample that stands for all data.
 
     Attributes:
         sample: The sample.
-        is_fair: Whether it is of use as a model.
+        is_fair: Whether it can still stand for them.
     """
 
     def __init__(
@@ -189,14 +189,14 @@ class _Model:
     @property
     def joined(self) -> int:
         """Examples that may be run together where statistics are given."""
-        # At least some 16 of them, to see how they differ.
+        # Joins the data into at least some 16 batches, to see how these differ.
         return min(self.sample.size, JOINED, self._examples // 16)
 
     def solve(self, last: Solution | None = None) -> list[Statistics] | None:
-        """The statistics of the sample, and what they lacked in the last pass.
+        """Solves the sample, corrected by what the last pass over all data has found.
 
         Returns:
-            Statistics of each layer; None where the sample is no model of the data.
+            Statistics of each layer; None if the sample cannot stand for the data.
         """
         if not self.is_fair:
             return None
@@ -222,7 +222,7 @@ class _Model:
         return self._seen_with
 
     def fail(self) -> None:
-        """Notes that a correction has brought no nearer to the solution."""
+        """Notes that a correction did not reduce the residual."""
         self._failures += 1
         self.is_fair = self.is_fair and self._failures < MAX_FAILURES
 
@@ -230,8 +230,8 @@ class _Model:
         if self.is_fair and self._batch is not None:
             try:
                 self._seen = self._population.run(self._batch, mix)
-            # A model need not take other batches than those of the data; what is
-            # wrong with these the passes over them will tell.
+            # A model may refuse batches of another size. If the data themselves are
+            # wrong, the passes over them raise.
             except (ValueError, tf.errors.OpError):
                 self.is_fair = False
         self.is_fair = (
@@ -252,14 +252,14 @@ def _read(
     try:
         return population.read(joined, given, until=until, show=progress.show)
     except ValueError:
-        # This time the error says which batch it is.
+        # Reads the batches one by one, so that the error names the right one.
         population.read(batches, given, until=until)
         raise
 
 
 def by_passes(
     population: Population,
-    batches: Batches | First,
+    batches: Batches | FirstBatches,
     old: Sequence[Statistics],
     refine: int,
     *,
@@ -271,13 +271,13 @@ def by_passes(
     Args:
         population: The layers.
         batches: The data.
-        old: What the layers store, for those that the data do not reach.
+        old: What the layers store. Layers that the data do not reach keep it.
         refine: Number of further passes; one more measures the residuals.
-        until: Ends the first pass early; the others read as much.
+        until: Ends the first pass early; further passes read the same batches.
         progress: Shows the passes.
 
     Returns:
-        The statistics; without residuals where there are no further passes.
+        The statistics; without residuals if there are no further passes.
     """
     layers = population.layers
     progress.begin("measuring by batch")
@@ -296,11 +296,11 @@ def by_passes(
 
 def residuals(
     population: Population,
-    batches: Batches | First,
+    batches: Batches | FirstBatches,
     statistics: list[Statistics],
     progress: Progress,
 ) -> list[float | None]:
-    """What inference has of each layer, held against what it stores, in one pass."""
+    """Measures the lag between each layer's input in inference and `statistics`."""
     progress.begin("checking")
     seen = population.measure(batches, statistics, show=progress.show).moments
     return lags(population.layers, seen, statistics)
@@ -309,11 +309,11 @@ def residuals(
 def _layer_by_layer(
     layers: Sequence[BatchNormLayer], last: Solution, limit: float
 ) -> list[Statistics]:
-    """What the last pass has found, but for the layers that were right.
+    """What the last pass has found, except for the layers that were right already.
 
-    Those stay as they are, since a change within rounding may grow from layer to layer.
+    These keep their statistics, since rounding may grow from layer to layer.
     """
-    # What is left in each layer adds up in those behind.
+    # Errors of layers add up in the layers behind.
     enough = limit / math.sqrt(len(layers))
     new = storable(layers, last.measured.moments, last.statistics)
     return [
@@ -327,7 +327,7 @@ def _layer_by_layer(
 def _change(population: Population, origin: Solution, last: Solution) -> float:
     """How much the data themselves change from pass to pass.
 
-    Where even an input that depends on no statistics changes, the data differ.
+    If an input changes that depends on no statistics, the data differ.
     """
     entry = population.entry
     if entry is None:
@@ -357,10 +357,10 @@ def _overflow(
 def filled(
     moments: Sequence[Moments], otherwise: Sequence[Statistics]
 ) -> list[Statistics]:
-    """What was measured, or others where nothing was, channel by channel.
+    """The measured statistics, or `otherwise` where there are none, by channel.
 
-    Nothing is measured of what the data never reach, nor where statistics of the layers
-    before, not yet right, have made the activations overflow.
+    There are none where the data never reach a channel, nor where wrong statistics of
+    the layers before made the activations overflow.
     """
     return fallback([one.statistics for one in moments], otherwise)
 
@@ -368,7 +368,7 @@ def filled(
 def fallback(
     wanted: Sequence[Statistics], otherwise: Sequence[Statistics]
 ) -> list[Statistics]:
-    """Statistics, or others where they are no numbers or overflow a float32."""
+    """Statistics, or `otherwise` where they are NaN or too large for a float32."""
     result = []
     for (mean, variance), other in zip(wanted, otherwise, strict=True):
         known = (np.abs(mean) < OVERFLOW) & (variance < OVERFLOW)
@@ -386,7 +386,7 @@ def storable(
     moments: Sequence[Moments],
     otherwise: Sequence[Statistics],
 ) -> list[Statistics]:
-    """What each layer would store: what was measured, or else what it had."""
+    """What each layer would store: measured statistics, or else `otherwise`."""
     return rounded(layers, filled(moments, otherwise))
 
 
@@ -423,5 +423,5 @@ def _reached(bn: BatchNormLayer, moments: Moments, stored: Statistics) -> Statis
 
 
 def known(lags: Sequence[float | None]) -> float | None:
-    """The largest of those that are known; None without any."""
+    """The largest known lag; None if all are unknown."""
     return max((each for each in lags if each is not None), default=None)

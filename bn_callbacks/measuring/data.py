@@ -1,5 +1,6 @@
-"""What `fit` takes as `x`, as batches that can be read more than once."""
+"""Turns what `fit` takes as `x` into batches that can be read more than once."""
 
+import abc
 import contextlib
 import itertools
 import math
@@ -17,8 +18,8 @@ from bn_callbacks.arguments import check_whole, shown
 from bn_callbacks.distribution import copies
 from bn_callbacks.names import said
 
-# Data that cannot tell its length must end within so many batches: an endless
-# generator is an error, not a hang. 10⁴ samples are plenty for statistics.
+# Data of unknown length must end within so many batches, so that an endless generator
+# raises an error instead of hanging. 10⁴ samples are plenty for statistics.
 MAX_UNSIZED_BATCHES = 10_000
 
 BATCH_SIZE = 32
@@ -27,7 +28,22 @@ BATCH_SIZE = 32
 Batch = tuple[Any, Any, Any]
 
 
-class Batches:
+class Source(abc.ABC):
+    """What a pass reads: batches, which may be joined or divided batches of data."""
+
+    @abc.abstractmethod
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    @abc.abstractmethod
+    def number(self, index: int) -> int:
+        """The place in the data of the `index`-th batch that is read."""
+
+    def read(self, count: int) -> int:
+        """How many batches of the data the first `count` batches consist of."""
+        return count
+
+
+class Batches(Source):
     """Batches of `(inputs, targets, sample_weight)`; the last two may be None.
 
     Args:
@@ -42,9 +58,9 @@ class Batches:
         shuffle: Whether to read arrays in random order, the same each time.
 
     Raises:
-        ValueError: Nothing in `x`, less in it than `steps`, no end to it, or
-            arguments that contradict each other.
-        TypeError: `x` is nothing that `fit` would take.
+        ValueError: `x` is empty, endless or shorter than `steps`, or arguments
+            contradict each other.
+        TypeError: `fit` would not take `x`.
     """
 
     def __init__(
@@ -58,7 +74,7 @@ class Batches:
     ) -> None:
         check_whole("batch_size", batch_size)
         check_whole("steps", steps)
-        # A longer stream than this is never read to its end.
+        # `islice` takes no larger number, and nobody reads that many batches.
         self.steps = None if steps is None else min(int(steps), sys.maxsize)
         self._part, self._parts = 0, 1
         self._order: Sequence[int] | None = None
@@ -96,21 +112,21 @@ class Batches:
 
     @property
     def length(self) -> int | None:
-        """Number of batches that are given; None if unknown."""
+        """Number of batches that this worker reads; None if unknown."""
         if self._length is None:
             return None
         return len(range(self._part, self._length, self._parts))
 
     def mix(self) -> None:
-        """From now on gives batches in random order, the same each time.
+        """Reads arrays and `PyDataset`s in random order from now on, always the same.
 
-        Those of arrays and `PyDataset`s; other data come in the order that they have.
+        Other data keep their order.
         """
         if isinstance(self._source, (_Arrays, _Indexed)) and self._length is not None:
             self._order = np.random.default_rng(0).permutation(self._length).tolist()
 
     def peek(self) -> Batch:
-        """The first batch, read once however often it is looked at."""
+        """The first batch. It is read from the data only once."""
         if self._first is None:
             self._first = next(iter(self))
             if isinstance(self._source, _Indexed):
@@ -118,7 +134,7 @@ class Batches:
         return self._first
 
     def sample(self, size: int) -> Batch | None:
-        """So many examples of arrays, spread over all; None for other data."""
+        """Draws `size` examples from all of the arrays; None for other data."""
         if not isinstance(self._source, _Arrays):
             return None
         return _to_tensors(self._source.sample(size, self.steps), 0)
@@ -133,7 +149,7 @@ class Batches:
                 )
             is_own = count % self._parts == self._part
             batch = _to_tensors(item, self._place(count)) if is_own else item
-            # An iterator can be read once only, so what it gave is kept.
+            # An iterator can be read only once, so its batches are kept.
             if self._once is not None and count == len(self._kept):
                 self._kept.append(batch)
             count += 1
@@ -148,29 +164,25 @@ class Batches:
             raise ValueError(_ran_out(count, self.steps))
 
     def share(self, part: int, parts: int) -> None:
-        """From now on gives every `parts`-th batch only, from number `part` on."""
+        """Reads only every `parts`-th batch from now on, beginning with `part`."""
         self._part, self._parts = part, parts
 
-    def read(self, count: int) -> int:
-        """How many batches of the data `count` of these are."""
-        return count
-
     def number(self, index: int) -> int:
-        """The number in the data of the `index`-th batch that is given."""
+        """The place in the data of the `index`-th batch that this worker reads."""
         return self._place(self._part + index * self._parts)
 
     def _place(self, count: int) -> int:
         return count if self._order is None else self._order[count]
 
     def checksum(self) -> float:
-        """A number that almost surely tells other data, by their first batch."""
+        """A checksum of the first batch: different data almost surely differ in it."""
         first = [leaf for leaf in tf.nest.flatten(self.peek()) if leaf is not None]
         parts = [np.asarray(leaf).tobytes() for leaf in first]
         return float(zlib.crc32(b"".join(parts)))
 
-    def first(self, count: int) -> "First":
-        """The first `count` batches, to be read as often as all of them."""
-        return First(self, count)
+    def first(self, count: int) -> "FirstBatches":
+        """The first `count` batches, which can be read as often as all of them."""
+        return FirstBatches(self, count)
 
     def _items(self) -> Iterator[Any]:
         source = iter(self._source if self._once is None else self._once)
@@ -192,12 +204,12 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class First:
-    """The first batches of others.
+class FirstBatches(Source):
+    """The first batches of some data, the same in each pass.
 
     Args:
-        batches: The others.
-        length: How many of them.
+        batches: The data.
+        length: The number of batches to read.
     """
 
     batches: Batches
@@ -215,16 +227,12 @@ class First:
                 f"had {self.length}. Pass data that can be read again, or refine=0."
             )
 
-    def first(self, count: int) -> "First":
+    def first(self, count: int) -> "FirstBatches":
         """The first `count` of these."""
-        return First(self.batches, min(count, self.length))
-
-    def read(self, count: int) -> int:
-        """How many batches of the data `count` of these are."""
-        return count
+        return FirstBatches(self.batches, min(count, self.length))
 
     def number(self, index: int) -> int:
-        """The number in the data of the `index`-th batch that is given."""
+        """The place in the data of the `index`-th batch."""
         return self.batches.number(index)
 
 
@@ -303,7 +311,7 @@ def _to_tensors(item: Any, index: int) -> Batch:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"Batch {index} of the data is nothing that a model takes. Received: "
+            f"Batch {index} of the data has no form that a model takes. Received: "
             f"{_describe(item)}. Give batches of x, (x, y) or (x, y, sample_weight), "
             "each an array or a structure of arrays."
         ) from error
@@ -313,14 +321,14 @@ def _to_tensor(leaf: Any) -> Any:
     if tf.is_tensor(leaf) or leaf is None:
         return leaf
     array = np.asarray(leaf)
-    # `fit` turns NumPy's default float64 into Keras' default float as well.
+    # As `fit` does: NumPy's default is float64, Keras' is `floatx`.
     if array.dtype == np.float64:
         array = array.astype(keras.backend.floatx())
     return tf.convert_to_tensor(array)
 
 
 def open_specs(batch: Any) -> Any:
-    """Tensor specifications of a structure, with the batch size left open."""
+    """Tensor specifications of a structure, for batches of any size."""
 
     def spec(leaf: Any) -> Any:
         if leaf is None:
@@ -333,7 +341,7 @@ def open_specs(batch: Any) -> Any:
     return tf.nest.map_structure(spec, batch)
 
 
-# What Keras, TensorFlow and a user's own `call` raise for inputs of a wrong kind.
+# Keras, TensorFlow and a user's own `call` raise these for inputs of a wrong kind.
 _MISFITS = (
     ValueError,
     TypeError,
@@ -346,7 +354,7 @@ _MISFITS = (
 
 @contextlib.contextmanager
 def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
-    """Turns what Keras says of data that do not fit into one clear error."""
+    """Turns any error that Keras raises for unsuitable data into one clear error."""
     try:
         yield
     except tf.errors.OperatorNotAllowedInGraphError as error:
@@ -367,14 +375,15 @@ def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
 
 
 class _Arrays:
-    """Arrays, cut into batches: consecutive ones, or of rows in random order."""
+    """Arrays, cut into batches of consecutive rows, or of rows in random order."""
 
     def __init__(
         self, x: Any, batch_size: int, inputs: int | None, shuffle: bool = False
     ) -> None:
         is_item = isinstance(x, tuple) and len(x) in (2, 3)
         if is_item and len(x) == inputs:
-            # As many as the model has inputs: (x, y) only if x alone is as many.
+            # The tuple is as long as the model has inputs: it may be (x, y) or two
+            # inputs. It is (x, y) if x alone has all inputs.
             is_item = len(tf.nest.flatten(x[0])) == inputs
         self._parts = (*x, None)[:3] if is_item else (x, None, None)
         if isinstance(x, tuple) and len(x) == 1:
@@ -403,14 +412,14 @@ class _Arrays:
         start = index * self._batch_size
         part: Any = slice(start, start + self._batch_size)
         if self._order is not None:
-            # Within a batch the order does not matter, but to files on a disk.
+            # The order within a batch is free; sorted, files on a disk are faster.
             part = np.sort(self._order[part])
         return self._cut(part)
 
     def sample(self, size: int, steps: int | None) -> Batch:
-        """Examples of the first `steps` batches, drawn at random, the same each time.
+        """Draws examples from the first `steps` batches, always the same ones.
 
-        All of them in their order where there are no more.
+        If there are no more than `size`, takes all of them in their order.
         """
         total = min(self._samples, self._batch_size * (steps or len(self)))
         rows = np.arange(total) if self._order is None else self._order[:total]
@@ -430,7 +439,7 @@ class _Arrays:
 def _cut(array: Any, part: Any) -> Any:
     if tf.is_tensor(array) and not isinstance(part, slice):
         return tf.gather(array, part)
-    # A pandas object is cut by position only through `iloc`.
+    # pandas objects are cut by position through `iloc`.
     return getattr(array, "iloc", array)[part]
 
 
@@ -438,8 +447,8 @@ class _Indexed:
     """A PyDataset, read without its epoch hooks.
 
     Attributes:
-        spare: Batches that have been looked at, by number, which the next reading
-            need not read again: a PyDataset may be slow.
+        spare: Batches that `peek` has read, by number. The next pass uses them
+            instead of reading them again, since a PyDataset may be slow.
     """
 
     def __init__(self, dataset: keras.utils.PyDataset) -> None:
@@ -456,7 +465,7 @@ class _Indexed:
 
 
 class _Distributed:
-    """A distributed dataset: what each replica of this process gets, as a batch."""
+    """A distributed dataset. What one replica of this process gets is one batch."""
 
     def __init__(self, dataset: tf.distribute.DistributedDataset) -> None:
         self._dataset = dataset

@@ -1,21 +1,21 @@
-"""How much memory a batch takes, read off a traced graph."""
+"""Computes from a traced graph how much memory an example takes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-# Their outputs share the memory of their inputs.
+# Outputs of these operations share the memory of their inputs.
 _ALIASES = {"Identity", "Reshape", "StopGradient", "ExpandDims", "Squeeze"}
 
 
 def bytes_of_example(graph: Any, inputs: Sequence[Any]) -> float:
-    """The most memory that one example takes at a time while a graph runs.
+    """The largest memory that one example takes at a time while a graph runs.
 
-    The operations are followed in their order; a tensor takes memory from the
-    operation that makes it to the last that reads it. The bodies of loops are not
-    looked into. Sizes that the graph leaves open, other than the batch's, are taken to
-    be as large as the largest of the inputs.
+    Follows the operations in their order: a tensor takes memory from the operation
+    that makes it to the last that reads it. Bodies of loops do not count. For sizes
+    that the graph leaves open, other than the batch's, the largest size of the inputs
+    is assumed.
 
     Args:
         graph: The graph of a concrete function whose tensors have the batch first.
@@ -52,7 +52,7 @@ def bytes_of_example(graph: Any, inputs: Sequence[Any]) -> float:
 
 
 def _bytes(tensor: Any, open_size: int) -> float:
-    """Bytes for each example; 0 for what does not grow with the batch."""
+    """Bytes for each example; 0 for a tensor that does not grow with the batch."""
     shape = tensor.shape
     if (
         not shape.rank

@@ -1,9 +1,9 @@
-"""A handful of examples: what is stored, corrected layer after layer.
+"""Corrects stored statistics by a handful of examples, layer after layer.
 
-The input of a layer depends on the statistics of the layers before. So the layers are
-taken in the order in which they are called: a pass with what has been decided so far
-brings the next one its input, example by example, and `statistics.shrinkage` decides
-how much of that to believe. Where nothing moves, the next layer needs no new pass.
+The input of a layer depends on the statistics of the layers before. So the layers come
+in the order of their calls: a pass with the statistics decided so far measures the
+input of the next layer, example by example, and `statistics.shrinkage` decides how much
+of that to believe. If a layer keeps its statistics, the next one needs no new pass.
 """
 
 import math
@@ -20,24 +20,24 @@ from bn_callbacks.statistics.moments import Moments, Statistics
 from bn_callbacks.statistics.shrinkage import CAUTION, MIN_EXAMPLES, Shrunk, shrunk
 
 MANY = 1024
-"""From more examples than this nothing is gained by what is stored: their statistics
-are precise to 0.04 standard deviations, and pass for the truth."""
+"""With more examples than this, stored statistics add nothing: those of the examples
+are precise to 0.04 standard deviations, and are used as they are."""
 
 GROUPS = 32
-"""Groups of examples whose differences show how precise the whole is."""
+"""Number of groups of examples; their differences show how precise the whole is."""
 
 MOVED = 0.25
-"""Share from which on a layer shows that what is stored is wrong: healthy ones had up
-to 0.1 with 8 examples, as a rule."""
+"""A layer with a larger share shows that stored statistics are wrong: healthy layers
+had up to 0.1 with 8 examples, as a rule."""
 
 
 def handful(batches: Batches, is_divisible: bool) -> Examples | None:
-    """The data, example by example, if they are few.
+    """Divides the data into examples, if they are few.
 
     Args:
         batches: The data.
-        is_divisible: Whether the model takes single examples; a batch counts as one
-            example otherwise, as it does where examples cannot be told apart.
+        is_divisible: Whether the model takes single examples. If not, or if examples
+            cannot be told apart, a batch counts as one example.
 
     Returns:
         The examples, or None where there are more than 1,024.
@@ -59,7 +59,7 @@ def handful(batches: Batches, is_divisible: bool) -> Examples | None:
     if len(rows) < MIN_EXAMPLES:
         what = "examples" if is_divisible else "batches of a model that divides none"
         raise ValueError(
-            f"So few examples do not show how examples differ. Received: {what}: "
+            f"There are too few examples to see how they differ. Received: {what}: "
             f"{len(rows)}. Pass at least {MIN_EXAMPLES}, better 8, or leave the model "
             "as it is."
         )
@@ -90,11 +90,11 @@ def corrected(
         progress: Shows the passes.
 
     Returns:
-        The statistics, and where those of each layer are from; None for layers that
-        fewer than 3 examples reach.
+        The statistics, and how each layer's were corrected; None for layers that fewer
+        than 3 examples reach.
 
     Raises:
-        ValueError: Something in the data is not finite.
+        ValueError: An input is not finite.
     """
     layers = population.layers
     groups = Joined(examples, math.ceil(len(examples) / GROUPS))
@@ -111,7 +111,7 @@ def corrected(
         one = shrunk(parts, old[index], bn.initial, bn.epsilon, caution)
         found[index] = one
         if one.share > MOVED:
-            # A model that is wrong in one layer is no more to be spared in the next.
+            # Caution protects healthy models, and this one is wrong.
             caution = 0.0
         new = rounded([bn], [one.statistics])[0]
         if not _is_same(new, given[index]):
@@ -121,7 +121,7 @@ def corrected(
 
 
 class _Seen:
-    """What a pass brings each layer, group by group."""
+    """Measures each layer's input, group by group."""
 
     def __init__(
         self, population: Population, groups: Joined, progress: Progress

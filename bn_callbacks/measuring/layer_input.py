@@ -1,4 +1,4 @@
-"""One layer's input, inside the traced function: its moments, and its output."""
+"""Measures one layer's input inside the traced function, and normalises it."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ Note: TypeAlias = Callable[..., None]
 
 
 class LayerInput:
-    """One layer's input: how to look at it, and what to normalise it with."""
+    """Measures the input of one layer, and says what to normalise it with."""
 
     def __init__(
         self, bn: BatchNormLayer, index: int, replicas: int, is_fast: bool
@@ -42,17 +42,20 @@ class LayerInput:
         return self.bn.as_read(mean, variance, dtype, is_stored)
 
     def moments(self, x: Any, mask: Any, mix: Any, note: Note) -> tuple[Any, Any]:
-        """Stands in for `layer._moments`: notes, and returns what to normalise with."""
+        """Notes the input's moments and returns the mean and variance to use.
+
+        Called in place of `layer._moments`.
+        """
         counts, mean, variance = _moments(x, mask, self.bn.layer.axis, self._is_fast)
         note(self._index, (counts, mean, variance))
         if mask is not None:
-            # What is masked entirely has nothing to normalise with.
+            # A channel that is masked entirely has no moments of its own.
             mean = tf.where(counts > 0, mean, tf.cast(self._pilot, mean.dtype))
             variance = tf.where(counts > 0, variance, tf.ones_like(variance))
         return self._mixed(mix, mean, variance, x.dtype)
 
     def whole(self, x: Any, mask: Any, mix: Any, note: Note) -> Any:
-        """Output and moments by fused kernels; None where they do not apply."""
+        """Computes output and moments with fused kernels; None if they do not apply."""
         layer = self.bn.layer
         if (
             not self._is_fast
@@ -87,7 +90,7 @@ class LayerInput:
         return tf.cast(outputs, layer.compute_dtype)
 
     def add_late(self, seen: Seen, is_unbiased: bool, replica: int) -> None:
-        """Pools in the graph, inside a loop or branch."""
+        """Pools moments in variables, since tensors cannot leave a loop or branch."""
         # Σn, Σn(m − p) and Σn(v + (m − p)²) over counts n, means m and variances v,
         # about the pilot mean p.
         if self._sums is None:
@@ -104,7 +107,7 @@ class LayerInput:
         sums = counts * tf.stack(
             [tf.ones_like(shift), shift, variance + tf.square(shift)]
         )
-        # The mean of nothing is not a number.
+        # Without values the mean is NaN.
         self._sums[replica].assign_add(tf.where(counts > 0, sums, 0.0))
 
     def take_late(self) -> list[Moments]:
@@ -118,8 +121,8 @@ class LayerInput:
         return taken
 
 
-# Functions of their own are traced once, and not in each layer of each model: of many
-# small operations, that takes longer than a pass over a few batches.
+# These two functions are traced once, not in each layer of each model: tracing many
+# small operations takes longer than a pass over a few batches.
 
 
 @tf.function(
@@ -130,9 +133,9 @@ class LayerInput:
     autograph=False,
 )
 def _mixed(mix: Any, mean: Any, variance: Any) -> tuple[Any, Any, Any]:
-    """Mean and variance as a `Mix` wants them, and whether they are given ones."""
+    """Mean and variance according to a `Mix`, and whether they are given ones."""
     weight, shift, ratio, offset = tf.unstack(mix)
-    # NaN in a batch is not to reach what is given.
+    # NaN in a batch must not spoil given statistics.
     mean = tf.math.multiply_no_nan(mean, weight) + shift
     variance = tf.math.multiply_no_nan(variance, ratio) + offset
     return mean, variance, weight[0] == 0
@@ -148,16 +151,16 @@ def _biased(values: Any, unbiased: Any) -> tuple[Any, Any]:
     return count[None], unbiased * ((count - 1) / tf.maximum(count, 1))
 
 
-# cuDNN's kernel takes no smaller epsilon; that of a CPU does (measured).
+# cuDNN's kernel takes no smaller epsilon; the CPU's does (measured).
 FUSED_MIN_EPSILON = 1.001e-5
 
 
 def _moments(x: Any, mask: Any, axis: int, is_fast: bool) -> Seen:
     """Number of values, mean and biased variance of each channel.
 
-    The number is one for all channels, unless a mask hides more of some. Two passes
-    over the values. Unless it has to be fast, the second also corrects the mean that
-    the first has rounded, in float64.
+    There is one number for all channels, unless a mask hides more of some. Passes over
+    the values twice. Unless `is_fast`, the second pass also corrects the rounding of
+    the mean, in float64.
     """
     axis %= x.shape.rank
     axes = [i for i in range(x.shape.rank) if i != axis]

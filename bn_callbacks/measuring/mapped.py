@@ -6,10 +6,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from bn_callbacks.measuring.data import Batch, Batches
+from bn_callbacks.measuring.data import Batch, Batches, Source
 
 
-class Mapped:
+class Mapped(Source):
     """Data mapped back: `x/factor + shift`.
 
     Args:
@@ -36,9 +36,5 @@ class Mapped:
         return tf.cast(x, tf.float32)
 
     def number(self, index: int) -> int:
-        """The number in the data of the `index`-th batch."""
+        """The place in the data of the `index`-th batch that is read."""
         return self._batches.number(index)
-
-    def read(self, count: int) -> int:
-        """How many batches of the data `count` of these are."""
-        return self._batches.read(count)

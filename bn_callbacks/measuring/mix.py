@@ -1,4 +1,4 @@
-"""What layers normalise with: statistics of the batch, given ones, or both mixed."""
+"""`Mix`: layers normalise with the batch's statistics, given ones, or both."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -37,10 +37,10 @@ class Mix(NamedTuple):
     def corrected(
         cls, wanted: Iterable[Statistics], seen: Iterable[Statistics]
     ) -> "Mix":
-        """The batch's own, corrected as `wanted` corrects `seen`.
+        """The batch's own statistics, corrected as `wanted` corrects `seen`.
 
-        The mean by the difference of the means, the variance by the ratio of the
-        variances; where nothing was seen to vary, the wanted variance itself.
+        Adds the difference of the means to the mean, and multiplies the variance by the
+        ratio of the variances. A channel seen without variance gets the wanted one.
         """
         (mean, variance), (old_mean, old_variance) = map(_joined, (wanted, seen))
         varies = old_variance > 0

@@ -1,4 +1,4 @@
-"""One pass over data: the moments of every BN layer's input, pooled."""
+"""Makes one pass over data, and pools the moments of every BN layer's input."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,24 +18,22 @@ from bn_callbacks.layers import (
     takes_any_batch,
     team_of,
 )
-from bn_callbacks.measuring.data import Batch, Batches, First, fits
-from bn_callbacks.measuring.mapped import Mapped
+from bn_callbacks.measuring.data import Batch, Batches, Source, fits
 from bn_callbacks.measuring.mix import Mix
-from bn_callbacks.measuring.sample import Joined, Sample, examples_in
+from bn_callbacks.measuring.sample import examples_in
 from bn_callbacks.measuring.traced import Traced
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 from bn_callbacks.statistics.sampling import design_effect
 
 Until: TypeAlias = Callable[[list[Moments]], bool]
-"""Gets the moments of each batch; ends the pass by returning True."""
+"""Is called with each batch's moments; ends the pass by returning True."""
 
-Source: TypeAlias = Batches | First | Sample | Joined | Mapped
 
 Show: TypeAlias = Callable[[int], None]
-"""Is told how many batches have been read."""
+"""Is called with the number of batches read so far."""
 
-# Sums in float32 leave the mean off by up to about 4e-6 of itself (measured), which
-# beyond this ratio of mean to σ is no longer small.
+# Sums in float32 leave the mean off by up to about 4e-6 of itself (measured). Beyond
+# this ratio of mean to σ, that error matters.
 FAST_LIMIT = 200.0
 
 MAX_PENDING = 16
@@ -44,20 +42,20 @@ MAX_PENDING = 16
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What one pass has measured.
+    """The result of one pass.
 
     Args:
         moments: Count, mean and M2 of each layer's input, per channel; counts of 0
             for a layer that the data never reached.
-        loss: Mean loss over the samples, or None where it was not asked for.
+        loss: Mean loss over the samples; None if it was not measured.
         batches: Number of batches read, by all workers.
         samples: Number of samples read.
         own_batches: Number of batches that this worker has read.
         losses: Mean loss and number of samples of each batch that this worker has
             read, `(batches, 2)`.
-        design_effect: How much more the means of batches differ at the first layer
-            than those of random samples would: 1 at most, but for chance, for these;
-            None where that is not known. Of this worker's batches.
+        design_effect: Variance of this worker's batch means at the first layer, over
+            that of random samples. Random samples have 1 at most, apart from chance.
+            None if unknown.
     """
 
     moments: list[Moments]
@@ -74,12 +72,12 @@ class _Results:
     """What the traced function returned for some batches, on the host.
 
     Args:
-        numbers: The number of each batch in the data.
+        numbers: The place of each batch in the data.
         counts: Counts of each batch, of all entries in one row.
         means: The same of the means.
         variances: The same of the variances.
         losses: Sum and number of the losses of each batch.
-        late: What was seen inside loops and branches, of each batch, by layer.
+        late: Moments from inside loops and branches, of each batch, by layer.
     """
 
     numbers: list[int]
@@ -90,7 +88,7 @@ class _Results:
     late: dict[int, list[Moments]]
 
     def batch(self, index: int) -> "_Results":
-        """Those of one batch."""
+        """The results of one batch."""
         one = slice(index, index + 1)
         return _Results(
             self.numbers[one],
@@ -107,22 +105,22 @@ class Population:
 
     BN layers normalise with the statistics of each batch, with given ones, or with a
     `Mix` of both; everything else runs in inference mode. Nothing in the model is
-    written. The moments of batches are pooled in float64, weighted by the number of
-    elements. All ways share one trace, which is kept with the model, as do batches of
-    any size; results are fetched from the device now and then only.
+    written. A pass pools the moments of batches in float64, weighted by the number of
+    elements. One trace, kept with the model, serves all three ways and batches of any
+    size. Results stay on the device and are fetched several at a time.
 
     In a distribution strategy each replica works on whole batches of its own, so that
-    the result is that of a single device. The data of all workers are pooled.
+    the result is that of a single device. A pass pools the data of all workers.
 
     Args:
         model: A built Keras model.
         layers: The layers to measure. Other BN layers use what they store.
         dropout: Whether dropout, noise and augmentation layers are active.
         loss: Whether to measure the model's loss as well.
-        penalties: Whether what layers add to the loss is a part of it.
+        penalties: Whether the loss includes the penalties that layers add.
 
     Attributes:
-        order: The numbers of the layers in the order of their first calls, after a
+        order: Indices of the layers in the order of their first calls, known after a
             pass.
     """
 
@@ -156,21 +154,21 @@ class Population:
         """Reads the batches once; all workers do, and get the same measurement.
 
         Args:
-            batches: The data, which are read twice if their mean is far from 0.
+            batches: The data. They are read twice if their mean is far from 0.
             statistics: What each layer normalises with; `None` for the statistics
                 of each batch.
-            until: Makes a function that gets the moments of each batch, and ends
-                the pass by returning True (on all workers).
-            show: Is told how many batches have been read.
+            until: Makes a function that is called with each batch's moments, and ends
+                the pass (on all workers) by returning True.
+            show: Is called with the number of batches read so far.
 
         Returns:
             The measurement.
 
         Raises:
             ValueError: The data do not fit the model, or the input of a layer is
-                not finite in some batch. With given statistics, which may be what
-                makes activations overflow, only if no statistics reach that input;
-                the moments are not finite otherwise.
+                not finite in some batch. Given statistics may themselves make
+                activations overflow: with them, only an input that depends on no
+                statistics raises; other layers get moments that are not finite.
             RuntimeError: Another worker has failed.
         """
         result = self.read(batches, statistics, until=until, show=show)
@@ -179,7 +177,7 @@ class Population:
         return result
 
     def becomes_exact(self, moments: Sequence[Moments]) -> bool:
-        """Whether sums in float32 have just turned out to be too rough from now on."""
+        """Switches to exact sums if those in float32 are too rough; True if it does."""
         if not self._is_fast:
             return False
         for bn, one in zip(self.layers, moments, strict=True):
@@ -190,10 +188,10 @@ class Population:
         return not self._is_fast
 
     def share(self, batches: Batches) -> None:
-        """Divides data among the workers, if they have all been given the same.
+        """Divides the data among the workers, if all have the same.
 
-        They have if their first batches are equal, bit for bit. Otherwise each is
-        taken to have been given its own share.
+        They are the same if their first batches are equal, bit for bit. Otherwise each
+        worker already has its own share.
         """
         if self.team.workers > 1:
             with self.team.agreed():
@@ -210,7 +208,7 @@ class Population:
         until: Callable[[], Until] | None = None,
         show: Show | None = None,
     ) -> Measurement:
-        """Reads the batches once, as `measure` does, in sums as they are."""
+        """Reads the batches once, as `measure` does, but never a second time."""
         mix = self._tensor(
             Mix.of_batch(self.channels) if statistics is None else Mix.given(statistics)
         )
@@ -223,7 +221,7 @@ class Population:
         count = samples = 0
 
         def take(traced: Traced, pending: list[Any]) -> bool:
-            """Pools what is pending; whether it is enough."""
+            """Pools the pending results; returns whether these are enough."""
             nonlocal pooled
             if not pending:
                 return False
@@ -244,7 +242,7 @@ class Population:
             return False
 
         def work(traced: Traced) -> tuple[bool, bool]:
-            """Reads some batches; whether they were the last, and whether enough."""
+            """Reads some batches; returns whether the data ended, and if enough."""
             nonlocal count, samples
             pending: list[tuple[list[int], tuple[Any, ...]]] = []
             for _ in range(MAX_PENDING):
@@ -280,7 +278,7 @@ class Population:
         return replace(result, design_effect=design)
 
     def run(self, batch: Batch, mix: Mix) -> list[Moments]:
-        """The moments of one batch, on the first replica of the chief, for all workers.
+        """Runs one batch on the chief's first replica; all workers get its moments.
 
         Raises:
             ValueError: As `measure`.
@@ -295,7 +293,7 @@ class Population:
         return _measurement(chief, self.layers, 1, np.zeros((0, 2))).moments
 
     def bytes_of_example(self, batch: Batch) -> float:
-        """Memory that an example more in a batch takes, which makes sure of a trace.
+        """Bytes that one example more in a batch takes. Traces the model if needed.
 
         Raises:
             ValueError: The batch does not fit the model.
@@ -310,7 +308,7 @@ class Population:
 
     @contextmanager
     def _traced(self) -> Iterator[Traced]:
-        """The traced function, for the time being nobody else's: it has a state."""
+        """Takes the traced function out of the memory, since it has a state."""
         memory = memory_of(self.layers)
         key = (
             structure_of(self._model),
@@ -332,10 +330,10 @@ class Population:
     def _moments(
         self, traced: Traced, results: _Results, is_fixed: bool
     ) -> list[Moments]:
-        """Moments of each layer over some batches.
+        """Pools the moments of some batches, for each layer.
 
         Raises:
-            ValueError: Something in them is not finite.
+            ValueError: An input is not finite.
         """
         bad: dict[int, tuple[int, bool]] = {}
         parts = [[Moments.empty(bn.channels)] for bn in self.layers]
@@ -376,7 +374,7 @@ class Population:
     def _raise_bad(
         self, traced: Traced, bad: dict[int, tuple[int, bool]], is_fixed: bool
     ) -> None:
-        # The layers behind are poisoned by the first in the same batch.
+        # Within a batch, the first bad layer spoils the layers behind it.
         index = min(number for number, _ in bad.values())
         first = next(one for one in traced.order if bad.get(one, (None,))[0] == index)
         if not is_fixed or first == traced.entry:
@@ -395,14 +393,14 @@ class Population:
 
     @property
     def entry(self) -> BatchNormLayer | None:
-        """The layer whose input no statistics reach, after a pass; if it is known."""
+        """The layer whose input depends on no statistics; None if unknown."""
         return None if self._entry is None else self.layers[self._entry]
 
 
 def _fetch(
     traced: Traced, pending: list[tuple[list[int], tuple[Any, ...]]], replicas: int
 ) -> _Results:
-    """Awaits the results of some steps, without those of idle replicas."""
+    """Fetches the results of some steps, and drops those of idle replicas."""
     numbers = [number for group, _ in pending for number in group]
     is_real = [place < len(group) for group, _ in pending for place in range(replicas)]
     counts, means, variances, losses = (
@@ -414,7 +412,7 @@ def _fetch(
 
 
 def _entry_means(traced: Traced, results: _Results) -> Moments:
-    """Moments of the means of batches at the layer that no statistics reach."""
+    """Moments of the batch means at the layer whose input depends on no statistics."""
     if traced.entry is None:
         return Moments.empty(0)
     end, counts = traced.layers[traced.entry].channels, traced.entries[0].counts
@@ -424,7 +422,7 @@ def _entry_means(traced: Traced, results: _Results) -> Moments:
 
 
 def _flat(own: Sequence[float], moments: Sequence[Moments]) -> NDArray[np.float64]:
-    """What a worker tells the others of its part of a pass."""
+    """A worker's part of a pass, as one vector for the others."""
     parts = [(one.count, one.mean, one.m2) for one in moments]
     return np.concatenate([np.asarray(own), *itertools.chain(*parts)])
 
@@ -435,7 +433,7 @@ def _measurement(
     own_batches: int,
     losses: NDArray[np.float64],
 ) -> Measurement:
-    """Pools what all workers have told, which gives the same on each of them."""
+    """Pools the vectors of all workers, with the same result on each of them."""
     batches, samples, loss, weight = rows[:, :4].sum(axis=0)
     moments, start = [], 4
     for bn in layers:

@@ -1,4 +1,4 @@
-"""When the data that have been read are enough."""
+"""Decides when enough data have been read."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ from bn_callbacks.statistics.moments import Moments
 from bn_callbacks.statistics.sampling import Blocks
 
 MIN_BATCHES = 16
-"""Batches that are read before a pass may stop."""
+"""Smallest number of batches before a pass may stop."""
 
 
 class Precision:
-    """Tells when the statistics of all layers are precise enough.
+    """Decides when the statistics of all layers are precise enough.
 
     Args:
         layers: The layers.
-        tolerance: Standard error that is small enough, in standard deviations.
-        most: Batches that are enough in any case; None for all.
+        tolerance: Largest standard error allowed, in standard deviations.
+        most: Batches after which to stop in any case; None for no such limit.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Precision:
         self._count = self._due = 0
 
     def __call__(self, batch: list[Moments]) -> bool:
-        """Whether it is enough with the next batch."""
+        """Takes the next batch into account, and returns whether to stop."""
         self._count += 1
         for (_, blocks), moments in zip(self._layers, batch, strict=True):
             blocks.add(moments)
@@ -36,7 +36,7 @@ class Precision:
             return True
         if self._count < max(self._due, MIN_BATCHES):
             return False
-        # Rarely enough to cost little, often enough to waste few batches.
+        # A check costs time, and a late one wastes batches: an eighth more each time.
         self._due = self._count + self._count // 8
         errors = [blocks.standard_error(epsilon) for epsilon, blocks in self._layers]
         return all(e is not None and e <= self._tolerance for e in errors)

@@ -1,4 +1,4 @@
-"""A model's loss on a sample, with three kinds of statistics: B, I and R."""
+"""Measures a model's loss on a sample, with three kinds of statistics: B, I and R."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,15 @@ from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter
 
 SOLVED = 0.01
-"""Residual, in standard deviations, up to which R is taken to be that: a millionth is
-left where each layer is called once (tests/benchmarks/limits.py)."""
+"""Largest residual, in standard deviations, of the statistics of R. Where each layer is
+called once, a millionth is left (tests/benchmarks/limits.py)."""
 
 MOST_PASSES = 4
-"""Passes at most to find the statistics of R, where the examples do not solve
-themselves in one: a monitor measures at each epoch's end, and where R costs more than B
-and I, it has its limit here (docs/benchmarks.md)."""
+"""Largest number of passes for the statistics of R, where one does not find them. It
+bounds what R costs beside B and I at each epoch's end (docs/benchmarks.md)."""
 
 SAMPLE = 512
-"""Examples of a dataset that make a probe: its first batches, in their order."""
+"""A probe keeps the first batches of a dataset, up to about so many examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +39,8 @@ class Reading:
 
     Args:
         losses: The three losses.
-        inferred: What inference brought each layer with the statistics it stores.
-        scatter: How the batches of each layer differ.
+        inferred: Statistics of each layer's input in inference mode.
+        scatter: How the batches differ at each layer.
     """
 
     losses: Losses
@@ -49,7 +48,7 @@ class Reading:
     scatter: dict[BatchNormLayer, Scatter | None]
 
     def design_effect(self, bn: BatchNormLayer) -> float | None:
-        """How much more a layer's batches differ than random ones of their size."""
+        """Variance of a layer's batch means, over that of random samples."""
         found = self.scatter.get(bn)
         if found is None:
             return None
@@ -57,7 +56,7 @@ class Reading:
 
 
 class EachBatch:
-    """Keeps the moments of the batches of a pass, for their scatter.
+    """Keeps the moments of each batch of a pass, to compute their scatter.
 
     Args:
         layers: The layers that are measured.
@@ -68,7 +67,7 @@ class EachBatch:
         self._batches: list[list[Moments]] = []
 
     def until(self) -> Until:
-        """What a pass calls with each batch; it ends none."""
+        """Makes the function that a pass calls with each batch; never ends the pass."""
         self._batches.clear()
 
         def keep(batch: list[Moments]) -> bool:
@@ -95,10 +94,9 @@ class Probe:
 
     Args:
         model: A compiled model.
-        data: Data with targets, as `fit` takes them. Arrays are used whole, of what
-            comes in batches the first, about 512 examples.
-        layers: BN layers that change between the modes; by default all that are
-            not frozen.
+        data: Data with targets, as `fit` takes them. Arrays are used whole; of data in
+            batches, the first ones with about 512 examples.
+        layers: BN layers whose mode changes; by default all that are not frozen.
 
     Raises:
         ValueError: The data have no targets, or the model has no loss.
@@ -133,9 +131,8 @@ class Probe:
         """Measures B, I and R in passes over the sample.
 
         Args:
-            batch_size: Examples a batch in training, where it is known: batch
-                statistics are to be as good as there. Of no effect on data that
-                come in batches.
+            batch_size: Examples per batch in training, if known: then B has batch
+                statistics like those of training. Ignored for data in batches.
         """
         if batch_size is not None and not self._comes_in_batches:
             size = max(1, round(batch_size))
@@ -147,7 +144,7 @@ class Probe:
         )
 
     def inference_loss(self, statistics: list[Statistics]) -> float | None:
-        """The loss as `evaluate` has it, if the layers stored these statistics."""
+        """The loss that `evaluate` would give if the layers stored these statistics."""
         if self._validation is None:
             self._validation = Population(self._model, self.layers, loss=True)
         self._share()
@@ -169,14 +166,14 @@ def three_losses(
     stored: list[Statistics],
     by_batch: Measurement | None = None,
 ) -> Reading:
-    """B, I and R of the same batches, and what inference brings each layer.
+    """Measures B, I and R on the same batches, and each layer's input in inference.
 
     Args:
         population: Measures the loss as well.
         solver: The same layers, without the loss.
         batches: Data with targets.
         stored: What the layers store.
-        by_batch: What a pass in batch mode has measured, if there was one.
+        by_batch: The result of an earlier pass in batch mode; by default makes one.
     """
     layers = population.layers
     each = EachBatch(layers)
@@ -209,12 +206,12 @@ def _consistent_losses(
     batches: Batches,
     stored: list[Statistics],
 ) -> NDArray[np.float64]:
-    """R of each batch; none where with any statistics something overflows."""
+    """R of each batch; empty if activations overflow with all statistics tried."""
     start = [
         one if is_finite([one]) else bn.initial
         for bn, one in zip(solver.layers, stored, strict=True)
     ]
-    # Run as one batch, a sample solves itself; the pass that measures shows if it did.
+    # Run as one batch, a sample solves itself. The next pass checks that it did.
     given = _solved(solver, batches, start)
     if given is not None:
         measured = population.measure(batches, given)
@@ -234,7 +231,7 @@ def _consistent_losses(
 def _solved(
     solver: Population, batches: Batches, start: list[Statistics]
 ) -> list[Statistics] | None:
-    """The statistics of all batches run as one, if they can be."""
+    """The statistics of all batches run as one; None if that fails."""
     if solver.team.size > 1 or not solver.takes_any_batch:
         return None
     first = next(iter(batches))
@@ -250,7 +247,7 @@ def _solved(
 
 
 class Kept:
-    """Batches that are kept, to be read again.
+    """Batches in memory, which can be read again.
 
     Args:
         batches: The batches, each `(inputs, targets, sample_weight)`.
@@ -267,21 +264,21 @@ class Kept:
 
 
 def is_probe(data: Any) -> bool:
-    """Whether this may be a probe: targets come with it, or in its batches."""
+    """Whether data may be a probe, with targets beside them or in their batches."""
     if isinstance(data, tuple):
         return len(data) in (2, 3)
     return isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator))
 
 
 def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
-    """What a probe uses of some data, and whether it comes in batches already."""
+    """The part of the data that a probe uses, and whether it comes in batches."""
     if not isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
         return data, False
     endless = SAMPLE if _is_endless(data) else None
     kept, count = [], 0
     for batch in Batches(data, steps=endless, inputs=inputs):
         kept.append(batch)
-        # What is not in batches is refused later, with its reason.
+        # `Batches` refuses an item that is no batch later, and says why.
         count += examples_in(batch) or SAMPLE
         if count >= SAMPLE:
             break
@@ -298,7 +295,7 @@ def _is_endless(data: Any) -> bool:
 
 
 def _gather(population: Population, own: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows of all workers, who may have different numbers of them."""
+    """The rows of all workers, which may have different numbers of rows."""
     team = population.team
     if team.workers == 1:
         return own

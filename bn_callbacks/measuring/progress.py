@@ -1,4 +1,4 @@
-"""One progress bar for all passes over data, which says what each pass is for."""
+"""Shows one progress bar for all passes over data, and what each pass is for."""
 
 import keras
 
@@ -24,7 +24,7 @@ class Progress:
         self.passes += 1
         if not self._is_shown:
             return
-        # Keras shows the unit behind the time, and so what the time is spent on.
+        # Keras prints the unit behind the time: it says what the time is spent on.
         unit = f"batch, pass {self.passes}: {purpose}"
         if self._bar is None:
             self._bar = keras.utils.Progbar(None, verbose=1, unit_name=unit)
@@ -33,12 +33,12 @@ class Progress:
             self._bar.target = self._before + self._length
 
     def show(self, count: int) -> None:
-        """Says how many batches of the pass have been read."""
+        """Shows how many batches of the pass have been read."""
         if self._bar is not None:
             self._shown = self._before + count
             self._bar.update(self._shown, finalize=False)
 
     def end(self) -> None:
-        """Leaves the bar as it is, and goes to a new line."""
+        """Ends the bar where it is, and begins a new line."""
         if self._bar is not None:
             self._bar.update(self._shown, finalize=True)

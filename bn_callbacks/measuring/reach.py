@@ -1,4 +1,4 @@
-"""Which layers training would update, as the model's own call shows."""
+"""Finds the layers that training would update, from the model's own call."""
 
 import keras
 
@@ -14,7 +14,7 @@ from bn_callbacks.measuring.data import Batches, fits, open_specs
 def split(
     model: keras.Model, found: list[BatchNormLayer], batches: Batches
 ) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers that training updates, those it does not, and those never called."""
+    """Splits layers: training updates them, does not, or never calls them."""
     first = batches.peek()
     with fits(model.name, first[0], 0):
         asks = runs_in_training_mode(model, found, open_specs(first[0]))
@@ -29,10 +29,10 @@ def split(
 def targets_of(
     model: keras.Model, layers: LayerSelection, batches: Batches
 ) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
-    """The layers to recalibrate, those to leave alone, and those never called.
+    """Splits layers: to recalibrate, to leave alone, or never called.
 
     Raises:
-        ValueError: There is none to recalibrate.
+        ValueError: There is no layer to recalibrate.
     """
     found = find(model, layers)
     if not found:

@@ -1,4 +1,4 @@
-"""A sample of the data, as large as memory allows, to be run as one batch."""
+"""Takes a sample of the data, as large as memory allows, to run as one batch."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -8,22 +8,22 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from bn_callbacks.measuring.data import Batch, Batches, First
+from bn_callbacks.measuring.data import Batch, Batches, Source
 
 MEMORY = 256 * 2**20
-"""Bytes that a sample may take beyond what a batch takes."""
+"""Bytes that a sample may take beyond those of a batch."""
 
 JOINED = 256
-"""Examples that are run together where statistics are given, at most."""
+"""Largest number of examples to run together where statistics are given."""
 
 
 def sample_size(bytes_of_example: float, batch_size: int) -> int:
-    """How many examples are run as one batch.
+    """How many examples to run as one batch.
 
-    As many as take 256 MB beyond what a batch takes at inference, or an eighth of the
-    memory that the machine has free where that is less. Measured in fresh processes, a
-    sample takes about twice as much as its tensors: operations run side by side, and
-    kernels want memory of their own.
+    The sample may take 256 MB beyond what a batch takes at inference, or an eighth of
+    the machine's free memory if that is less. A sample takes about twice the memory of
+    its tensors (measured in fresh processes): operations run in parallel, and kernels
+    need memory of their own.
 
     Args:
         bytes_of_example: Memory that an example takes in a pass.
@@ -47,17 +47,17 @@ def examples_in(batch: Batch) -> int:
     return int(shape[0] or 0) if shape.rank else 0
 
 
-class Sample:
+class Sample(Source):
     """A sample of the data, gathered while they are read for the first time.
 
-    Of arrays it is drawn from all examples. Of other data it is at first what comes
-    first, and, once they have been read, a random sample of all that was read.
+    From arrays, it is drawn from all examples. From other data, it consists of the
+    first examples until the first reading ends, and is then a random sample of all.
 
     Iterating over it is the first reading of the data.
 
     Args:
         batches: The data.
-        size_for: Tells from the first batch how many examples are wanted.
+        size_for: Computes the number of examples from the first batch.
         from_all: Whether to draw from all examples where that can be done at once.
     """
 
@@ -81,11 +81,11 @@ class Sample:
             self._reservoir.add(batch)
 
     def batch(self) -> Batch | None:
-        """The sample, as one batch; None where examples cannot be joined to one."""
+        """The sample as one batch; None if its examples cannot be joined."""
         return self._own if self._own is not None else self._reservoir.batch()
 
     def has_changed(self) -> bool:
-        """Whether the first reading, which has now ended, has changed the sample."""
+        """Whether the sample has changed in the first reading, which has ended."""
         grown = self._own is None and self._reservoir.seen > self.size
         has_changed, self._is_settled = grown and not self._is_settled, True
         return has_changed
@@ -100,12 +100,8 @@ class Sample:
             yield batch
 
     def number(self, index: int) -> int:
-        """The number in the data of the `index`-th batch."""
+        """The place in the data of the `index`-th batch."""
         return self._batches.number(index)
-
-    def read(self, count: int) -> int:
-        """How many batches of the data `count` of these are."""
-        return count
 
 
 class Reservoir:
@@ -123,7 +119,7 @@ class Reservoir:
         self.seen = 0
 
     def add(self, batch: Batch) -> None:
-        """Looks at the next batch; one with rows of another shape is passed over."""
+        """Takes the next batch into account; skips one with rows of another shape."""
         shapes = row_shapes(batch)
         if shapes is None:
             return
@@ -146,7 +142,7 @@ class Reservoir:
                     rows[place] = row
 
     def batch(self) -> Batch | None:
-        """What is kept, as one batch; None where nothing could be kept."""
+        """The examples kept, as one batch; None if there are none."""
         if not self._rows:
             return None
         count = min(self.seen, self._size)
@@ -155,9 +151,9 @@ class Reservoir:
 
 
 def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
-    """The shape of an example in each input; None where there are no examples.
+    """The shape of an example in each input; None if examples cannot be told apart.
 
-    That is where an input is sparse or ragged, or inputs differ in their first size.
+    That is so if an input is sparse or ragged, or if inputs differ in length.
     """
     leaves = tf.nest.flatten(batch[0])
     if not all(tf.is_tensor(leaf) and leaf.shape.rank for leaf in leaves):
@@ -167,12 +163,12 @@ def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
     return [tuple(leaf.shape[1:]) for leaf in leaves]
 
 
-class Examples:
-    """Single examples, kept, each as a batch.
+class Examples(Source):
+    """Single examples in memory, each as a batch.
 
     Args:
         rows: The examples.
-        numbers: Of each, the number of its batch in the data.
+        numbers: For each example, the place in the data of its batch.
     """
 
     def __init__(self, rows: Sequence[Batch], numbers: Sequence[int]) -> None:
@@ -186,25 +182,25 @@ class Examples:
         return iter(self._rows)
 
     def number(self, index: int) -> int:
-        """The number in the data of the batch that an example is from."""
+        """The place in the data of the batch that the `index`-th example is from."""
         return self._numbers[index]
 
     def read(self, count: int) -> int:
-        """How many batches of the data so many examples are from."""
+        """From how many batches of the data the first `count` examples are."""
         return len(set(self._numbers[:count]))
 
 
-class Joined:
-    """Batches joined to larger ones: given statistics do not mind, and it is faster.
+class Joined(Source):
+    """Joins batches to larger ones, which run faster.
+
+    Only for passes with given statistics, which do not depend on the batch size.
 
     Args:
-        batches: The batches, of which none is divided.
-        size: Examples in a joined batch at most.
+        batches: The batches; none is divided.
+        size: Largest number of examples in a joined batch.
     """
 
-    def __init__(
-        self, batches: "Batches | First | Sample | Examples", size: int
-    ) -> None:
+    def __init__(self, batches: Source, size: int) -> None:
         self._batches = batches
         self._size = size
         self._ends: list[int] = []
@@ -239,9 +235,9 @@ class Joined:
         return inputs, None, None
 
     def number(self, index: int) -> int:
-        """The number in the data of the first batch in the `index`-th joined one."""
+        """The place in the data of the first batch in the `index`-th joined one."""
         return self._batches.number(self._ends[index])
 
     def read(self, count: int) -> int:
-        """How many batches of the data `count` of these are."""
+        """How many batches of the data the first `count` joined ones consist of."""
         return self._batches.read(self._ends[count])

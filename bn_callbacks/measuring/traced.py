@@ -1,8 +1,8 @@
-"""The one traced function: a batch in, the moments of each layer's input out.
+"""The one traced function: takes a batch, returns the moments of each layer's input.
 
-All ways to run BN layers share it, since they differ only in numbers: a layer
-normalises with the mean `weight·m + mean` and the variance `ratio·v + variance`, where
-`m` and `v` are the batch's own. See `Mix`.
+It serves all ways to run BN layers, which differ only in numbers: a layer normalises
+with the mean `weight·m + mean` and the variance `ratio·v + variance`, where `m` and `v`
+are the batch's own. See `Mix`.
 """
 
 import threading
@@ -31,9 +31,9 @@ class Entry(NamedTuple):
     """One call of a layer, in the order of calls.
 
     Args:
-        layer: The number of the layer.
+        layer: Index of the layer.
         is_unbiased: Whether its variances are unbiased.
-        counts: How many counts it gives: one for all channels, or one for each.
+        counts: Number of its counts: one for all channels, or one for each.
     """
 
     layer: int
@@ -50,11 +50,11 @@ class _Made(NamedTuple):
 
 
 FORMS = 4
-"""Forms of batches whose functions are kept."""
+"""Number of forms of batches for which traced functions are kept."""
 
 
 class _Trace(threading.local):
-    """What is being traced for one replica; replicas are traced in threads."""
+    """The state while one replica is traced; each replica has a thread."""
 
     graph: Any
     replica: int
@@ -64,24 +64,24 @@ class _Trace(threading.local):
 
 
 class Traced:
-    """A model's forward pass that also gives the moments of its BN layers' inputs.
+    """A model's forward pass that also returns the moments of its BN layers' inputs.
 
-    Nothing in the model is written. All but `layers` runs in inference mode.
+    Nothing in the model is written. Everything but `layers` runs in inference mode.
 
     Args:
         model: A built Keras model.
         layers: The layers to measure. Other BN layers use what they store.
         team: The replicas to run on.
         dropout: Whether dropout, noise and augmentation layers are active.
-        loss: Whether to give the model's loss as well.
-        penalties: Whether what layers add to the loss is a part of it.
+        loss: Whether to return the model's loss as well.
+        penalties: Whether the loss includes the penalties that layers add.
         is_fast: Whether sums in float32 are precise enough.
 
     Attributes:
         entries: The calls of the layers, once traced.
-        order: The numbers of the layers as they are called first.
-        late: Those of layers called inside loops or branches, which tensors cannot
-            leave.
+        order: Indices of the layers in the order of their first calls.
+        late: Indices of layers that are called inside loops or branches, which tensors
+            cannot leave.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class Traced:
         Args:
             group: A batch for each replica; fewer where the data end.
             mix: A `Mix`, as a tensor.
-            count: Number of the first batch, from which dropout draws.
+            count: Number of batches before; the seed of dropout.
 
         Returns:
             Counts, means and variances of all entries, and the sum and number of the
             losses: tensors of a row for each replica.
         """
         used = self._used(group)
-        # A replica for which no batch is left works on an example, for nothing.
+        # A replica without a batch works on one example; the caller drops its results.
         idle = self._team.replicas - len(used)
         used += [tf.nest.map_structure(_one_example, used[0]) for _ in range(idle)]
         if self._begins:
@@ -138,30 +138,31 @@ class Traced:
         return result
 
     def begin(self) -> None:
-        """Forgets what a pass before, maybe interrupted, has left.
+        """Begins a pass, and drops what an earlier, interrupted one has left.
 
-        The next batch may be of another form, those behind it have its structure.
+        The first batch may have another form than before; the others must have its
+        structure.
         """
         self.take_late()
         self._begins = True
 
     @property
     def entry(self) -> int | None:
-        """The layer whose input no statistics reach, once traced; if it is known.
+        """The layer whose input depends on no statistics, once traced; None if unknown.
 
-        That is the first one called, unless the data run through it again.
+        It is the first one called, unless it is called again.
         """
         first = self.order[0] if self.order else None
         calls = sum(entry.layer == first for entry in self.entries)
         return first if calls == 1 and first not in self.late else None
 
     def _trace(self, used: Sequence[Any], mix: Any) -> None:
-        """Traces the function for batches of a form that it has not had yet."""
+        """Chooses the function for batches of this form, and traces it if it is new."""
         specs = open_specs(used)
         form = repr(specs)
         if form not in self._made:
-            # A function of its own: to one function's second form TensorFlow would
-            # open the sizes that differ, and the model could not check them.
+            # One function for each form: TensorFlow would trace a second form with the
+            # differing sizes left open, and the model could not check them.
             structure = tf.nest.map_structure(lambda _: None, used[0])
             function = self._traced(structure)
             concrete = function.get_concrete_function(
@@ -174,20 +175,20 @@ class Traced:
         self._now = self._made[form]
 
     def _used(self, group: Sequence[Batch]) -> list[Any]:
-        # Few and flat arguments: their nesting costs more than a small model.
+        # Few, flat arguments: nested ones would take longer than a small model.
         return [batch if self._loss else batch[:1] for batch in group]
 
     def _salt(self, count: int) -> Any:
-        # Dropout draws anew for each batch, and the same in each pass.
+        # Each batch has its own dropout masks, the same ones in each pass.
         return tf.constant(count + 1) if self._dropout else None
 
     def bytes_of_example(self, batch: Batch, mix: Any) -> float:
-        """Memory that one example more in a batch takes at its widest."""
+        """Bytes that one example more in a batch takes at most at a time."""
         self._trace(self._used([batch] * self._team.replicas), mix)
         return float(self._now.bytes_of_example)
 
     def take_late(self) -> dict[int, list[Moments]]:
-        """What was seen inside loops and branches since the last call, by replica."""
+        """Moments from inside loops and branches since the last call, by replica."""
         return {index: self._inputs[index].take_late() for index in self.late}
 
     def _traced(self, structure: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures of lags, drawn by libraries that are imported on first use."""
+"""Pictures of lags. Imports the libraries that draw them on first use."""
 
 from bn_callbacks.pictures.bars import draw_bars
 from bn_callbacks.pictures.heat_map import CARD_ROWS, HeatMap, is_available

@@ -1,4 +1,4 @@
-"""Lags as bars, a row for each layer, the first at the top."""
+"""Draws lags as bars, with a row for each layer, the first at the top."""
 
 import math
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 Lags = Sequence[float | None]
 
 QUIET, COLOURS = "#9ecae1", ("#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#bcbd22")
-"""Colour of what is fine, and of what is not, for each group one."""
+"""The colour of healthy layers, and one colour for each other group."""
 
 ROW = 0.2
-"""Height of a row in inches. Axes with too little for all rows get the first ones."""
+"""Height of a row in inches. Axes without room for all rows show the first ones."""
 
 MAX_ROWS = 40
-"""Rows in a figure of our own at most."""
+"""Largest number of rows in a new figure."""
 
 MAX_LABEL = 40
-"""Characters of a name at most."""
+"""Largest number of characters in a name."""
 
 LINEAR = 3.0
-"""Lag up to which the scale is linear; beyond it is logarithmic where it must be."""
+"""With a larger lag, the scale is logarithmic beyond 1."""
 
 
 def draw_bars(
@@ -45,10 +45,10 @@ def draw_bars(
 
     Args:
         paths: Paths of the layers, the most important first.
-        lags: Their lags; None where unknown.
-        groups: What gives the bars their colours.
-        marks: Another lag of each layer; None where unknown.
-        quiet: The group that means that nothing is wrong.
+        lags: Their lags; None if unknown.
+        groups: The group of each layer, which decides the colour.
+        marks: Another lag of each layer; None if unknown.
+        quiet: The group of layers with which nothing is wrong.
         label: What the marks are.
         title: A line above.
         axes: Where to draw; in a new figure by default.
@@ -82,7 +82,7 @@ def draw_bars(
             axes.text(0, row, text, fontsize=8, va="center")
     largest = float(np.nan_to_num(values).max(initial=0.05))
     if largest > LINEAR:
-        # One huge lag would leave nothing to see of the others.
+        # Beside one huge lag the others would vanish.
         axes.set_xscale("symlog", linthresh=1.0, linscale=2.0)
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(0, largest * (1.6 if largest > LINEAR else 1.08))
@@ -112,6 +112,6 @@ def _new_axes(rows: int) -> "Axes":
 
 
 def _finite(values: Lags) -> NDArray[np.float64]:
-    """`nan` where unknown or infinite."""
+    """The values; `nan` if unknown or infinite."""
     known = [math.nan if value is None else value for value in values]
     return np.where(np.isfinite(known), np.array(known, float), math.nan)

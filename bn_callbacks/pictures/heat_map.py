@@ -1,7 +1,7 @@
-"""The lag of layers over time, as colours, with a letter where something was wrong.
+"""Draws the lag of layers over time as colours, and a letter where something is wrong.
 
-Drawn by Pillow in 10 to 20 ms. matplotlib takes 100 ms for the same, after 700 ms for
-being imported, which is 1 % of a `fit` of a minute.
+Pillow draws it in 10 to 20 ms. matplotlib takes 100 ms, and 700 ms more to be imported,
+which is 1 % of a `fit` of a minute.
 """
 
 import importlib
@@ -17,23 +17,24 @@ from numpy.typing import NDArray
 from bn_callbacks.pictures.names import shorten
 
 CARD, CARD_ROWS = (303, 215), 15
-"""Width and height of a picture in the smallest card that TensorBoard makes, and layers
-in it. What is wider or higher is shrunk; this one is shown as it is in any window."""
+"""Width and height of the picture in TensorBoard's smallest card, and its number of
+layers. TensorBoard shrinks larger pictures; it shows this one as it is in any window.
+"""
 
 FONT, LINE = 10, 12
 """Heights of letters and lines in pixels."""
 
 LEVELS = (0.5, 1.0, 2.5, 5.0, 10.0)
-"""Lags from which the next colour is used, in thresholds."""
+"""Lags at which the next colour begins, in multiples of the threshold."""
 
 COLOURS = ("#eef2f5", "#cfdde8", "#fecb7b", "#f5813f", "#cc2a2a", "#660c1b")
-"""Of lags: pale up to the threshold, then from yellow to dark red."""
+"""Colours of lags: pale up to the threshold, then from yellow to dark red."""
 
 OTHERS = {"?": "#bbbbbb", "NaN": "#7b2bd6"}
-"""Of lags that are unknown or no numbers."""
+"""Colours of lags that are unknown or not finite."""
 
 DARK = 4
-"""The first colour on which letters are white."""
+"""Index of the first colour on which letters are white."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class HeatMap:
     Args:
         paths: Paths of the layers.
         edges: Steps at which columns begin and end, one more than columns.
-        lags: Lags, of shape `(layers, columns)`; `nan` where unknown.
-        marks: A letter for each of them; empty where nothing was wrong.
-        threshold: The lag above which something is said.
+        lags: Lags, of shape `(layers, columns)`; `nan` if unknown.
+        marks: A letter for each lag; empty if nothing was wrong.
+        threshold: The lag above which the monitor warns.
         title: A line above.
         legend: What the letters mean.
     """
@@ -59,17 +60,17 @@ class HeatMap:
     legend: Mapping[str, str]
 
     def card(self) -> tuple[bytes, tuple[int, int]]:
-        """The worst layers: a PNG file, its width and its height.
+        """Draws the worst layers: a PNG file, its width and its height.
 
-        First those with which something is wrong now, then those whose colours have
-        been darkest over the whole time.
+        Layers that are not healthy now come first, then those whose colours have been
+        darkest over the whole time.
         """
         darkness = self._levels(self.lags) @ np.diff(self.edges)
         rows = np.lexsort((-darkness, self.marks[:, -1] == ""))[:CARD_ROWS]
         return self._draw(rows, *CARD, longest=18)
 
     def whole(self) -> tuple[bytes, tuple[int, int]]:
-        """All layers, in model order: a PNG file, its width and its height."""
+        """Draws all layers in model order: a PNG file, its width and its height."""
         return self._draw(np.arange(len(self.paths)), 640, None, longest=40)
 
     def _draw(
@@ -116,13 +117,13 @@ class HeatMap:
         return file.getvalue(), (width, height)
 
     def _levels(self, lags: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Places of lags among the colours."""
+        """The index of each lag's colour."""
         levels = np.digitize(lags, np.array(LEVELS) * self.threshold)
         kinds, others = [np.isnan(lags), np.isinf(lags)], len(COLOURS)
         return np.select(kinds, [others, others + 1], levels)
 
     def _cells(self, rows: NDArray[np.intp], width: int) -> NDArray[np.uint8]:
-        """Colours, `(layers, width, 3)`; of many columns in a pixel the darkest."""
+        """Colours, `(layers, width, 3)`; a pixel of many columns gets the darkest."""
         steps = np.linspace(self.edges[0], self.edges[-1], width, endpoint=False)
         columns = np.searchsorted(self.edges, steps, side="right") - 1
         seen, column_of = np.unique(columns, return_inverse=True)
@@ -134,9 +135,9 @@ class HeatMap:
         return cells
 
     def _letters(self, row: int, width: int) -> Iterator[tuple[float, str, str]]:
-        """Where letters stand in a row, and their colour.
+        """The letters of a row: x, letter and colour.
 
-        Where a cause begins, and again where it holds for long.
+        A letter stands where a cause begins, and again if it lasts for long.
         """
         x_of = (np.array(self.edges) - self.edges[0]) * width / np.ptp(self.edges)
         levels = self._levels(self.lags[row])
@@ -155,7 +156,7 @@ class HeatMap:
     def _legend(
         self, rows: NDArray[np.intp], width: int, font: Any
     ) -> Iterator[tuple[int, int, str]]:
-        """Where the letters that occur are explained: x, line, text."""
+        """The explanations of the letters that occur: x, line and text."""
         present = set(self.marks[rows].ravel().tolist())
         x, line = 2, 0
         for mark, meaning in self.legend.items():
@@ -169,7 +170,7 @@ class HeatMap:
 
 
 def is_available() -> bool:
-    """Whether there is a Pillow that brings letters of any size along."""
+    """Whether a version of Pillow is installed that has letters of any size."""
     try:
         importlib.import_module("PIL")
         _pil("ImageFont").load_default(FONT)
@@ -179,10 +180,10 @@ def is_available() -> bool:
 
 
 def _spaced(text: str) -> str:
-    """Words apart: at this size a space has two pixels."""
+    """Doubles the spaces: in this font size a space has only two pixels."""
     return text.replace(" ", "  ")
 
 
 def _pil(module: str) -> Any:
-    # Loaded when there is something to draw.
+    # Imported only to draw.
     return importlib.import_module(f"PIL.{module}")

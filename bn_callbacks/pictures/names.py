@@ -1,4 +1,4 @@
-"""Short names for layers, where a picture has little room."""
+"""Shortens names of layers for pictures, which have little room."""
 
 import itertools
 import re
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def shorten(paths: Sequence[str], longest: int) -> list[str]:
-    """Names without the words that all begin or end with, long ones cut in the middle.
+    """Removes the first and last words that all names share, and cuts long names.
 
     Args:
         paths: Paths of layers.
-        longest: Characters of a name at most.
+        longest: Largest number of characters in a name.
 
     Examples:
         >>> shorten(["net/block_1/bn", "net/block_12/bn", "net/stem_bn"], 20)
@@ -18,7 +18,7 @@ def shorten(paths: Sequence[str], longest: int) -> list[str]:
         >>> shorten(["net/block_1/bn", "net/block_12/bn"], 20), shorten(["a/bn"], 20)
         (['1', '12'], ['a/bn'])
     """
-    # Words at even places, what separates them at odd ones.
+    # Words are at even places, their separators at odd ones.
     names = [re.split(r"([/_.-])", " ".join(path.split())) for path in paths]
     for _ in range(2 * (len(set(paths)) > 1)):  # From the beginning and from the end.
         names = [name[2 * _shared(names) :][::-1] for name in names]
@@ -26,7 +26,7 @@ def shorten(paths: Sequence[str], longest: int) -> list[str]:
 
 
 def _shared(names: Sequence[Sequence[str]]) -> int:
-    """How many words all begin with, and still have another."""
+    """How many first words all names share, leaving each at least one more."""
     words = zip(*(name[:-1:2] for name in names), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, words))
 

@@ -1,4 +1,4 @@
-"""Reports as TensorBoard shows them: charts, histograms, pictures and texts."""
+"""Writes reports for TensorBoard: charts, histograms, pictures and texts."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 __all__ = ["MAX_CHARTS", "SUBDIRECTORY", "ReportWriter"]
 
 MAX_CHARTS = 12
-"""Layers with charts at most: what TensorBoard shows on a page."""
+"""Largest number of layers with charts, as many as TensorBoard shows on a page."""
 
 if not TYPE_CHECKING:
-    # Seventy modules of tensorboard, for those only who write something.
+    # Imports seventy modules of tensorboard, so only where something is written.
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Which layers get charts of their own, and how Custom Scalars lays them out."""
+"""Chooses the layers that get charts, and lays these out for Custom Scalars."""
 
 import re
 from collections.abc import Iterable
@@ -8,27 +8,27 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from bn_callbacks.report import BatchNormReport, LayerReport
 
 PERSISTENCE = 3
-"""Reports in a row in which a layer must be among the worst to get a chart, though it
-is not the worst of all."""
+"""A layer that is not the worst of all gets a chart after so many reports in a row in
+which it is among the worst."""
 
 RECOVERED = 10
-"""Reports in a row in which a layer must be healthy to lose its chart to another."""
+"""A layer can lose its chart after so many reports in a row in which it is healthy."""
 
 TURNOVER = 2
-"""How many times as many layers as there are places may have a chart in their turn."""
+"""At most so many times `limit` layers have a chart, one after the other."""
 
 
 class ChartedLayers:
     """Chooses the layers that get charts: those with which something is wrong.
 
-    A model with no more layers than places gets charts of all. In a larger one the
-    worst layers of the first report get half of the places. From then on the worst
-    layer that is not healthy gets a place at once, and one that stays among the worst
-    after some reports. If all places are taken, that of the layer which has been
-    healthy for longest is taken over.
+    A model with at most `limit` layers gets charts of all. In a larger one, the worst
+    layers of the first report get half of the places. After that, the worst layer gets
+    a place at once if it is not healthy; a layer that stays among the worst gets one
+    after some reports. If all places are taken, it replaces the layer that has been
+    healthy for longest.
 
     Args:
-        limit: How many layers at most.
+        limit: Largest number of layers with charts.
     """
 
     def __init__(self, limit: int) -> None:
@@ -75,7 +75,7 @@ class ChartedLayers:
 
 
 def make_layout(paths: Iterable[str], has_loss_gap: bool) -> layout_pb2.Layout:
-    """The page of the Custom Scalars tab: a chart for each question.
+    """Makes the page of the Custom Scalars tab, with a chart for each question.
 
     Args:
         paths: Paths of the layers with charts.

@@ -1,4 +1,4 @@
-"""A run's event file."""
+"""Writes a run's event file."""
 
 import itertools
 import os
@@ -16,21 +16,22 @@ from tensorboard.plugins.image import metadata as image
 from tensorboard.util.tensor_util import make_tensor_proto
 
 WRITING_FAILS = (OSError, tf.errors.OpError)
-"""What file systems raise, those that TensorFlow knows included."""
+"""Errors of file systems, including those that TensorFlow knows."""
 
 
 _number = itertools.count()
 
 
 class EventFile:
-    """Writes summaries into a directory, whose event file is opened on first use.
+    """Writes summaries into an event file, which is opened on first use.
 
-    What is written together becomes one event, and a tag is described once a file, for
-    TensorBoard reads no more than that. Each event is on the disk when `write` returns.
+    Summaries of one step become one event, and each tag is described once a file, since
+    TensorBoard reads only the first description. When `write` returns, the events are
+    on the disk.
 
-    `tf.summary`'s own writer would take two to four times as long for a report, so that
-    in the share of time that writing may take there would be as many fewer of them; and
-    on a full disk it stays the default of the whole process.
+    `tf.summary`'s own writer takes two to four times as long for a report, which would
+    leave time for fewer reports. After an error on a full disk, it also stays the
+    default writer of the whole process.
     """
 
     def __init__(self) -> None:
@@ -39,16 +40,16 @@ class EventFile:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is something to close."""
+        """Whether the file is open."""
         return self._writer is not None
 
     def write(
         self, directory: str, events: Iterable[tuple[int, Iterable[Summary]]]
     ) -> None:
-        """Writes events; none for steps without summaries.
+        """Writes an event for each step that has summaries.
 
         Args:
-            directory: Where to write, if there is no file yet.
+            directory: Where to make the file if none is open.
             events: Steps of the optimizer, and the summaries of each.
         """
         for step, summaries in events:
@@ -87,7 +88,7 @@ def _open(directory: str) -> tf.io.TFRecordWriter:
 
 
 def image_pb(tag: str, png: bytes, size: tuple[int, int], description: str) -> Summary:
-    """A picture, as TensorBoard's image plugin reads it.
+    """Makes a summary of a picture for TensorBoard's image plugin.
 
     Args:
         tag: Its name.
@@ -102,7 +103,7 @@ def image_pb(tag: str, png: bytes, size: tuple[int, int], description: str) -> S
 
 
 def layout_pb(layout: layout_pb2.Layout) -> Summary:
-    """A layout of the Custom Scalars tab."""
+    """Makes a summary of a layout for the Custom Scalars tab."""
     tensor = make_tensor_proto(layout.SerializeToString(), dtype=np.object_)
     metadata = custom_scalar.create_summary_metadata()
     tag = custom_scalar.CONFIG_SUMMARY_TAG

@@ -1,4 +1,4 @@
-"""What was found of all layers since training began, in little memory."""
+"""Remembers the figures of all layers since training began, in little memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ from bn_callbacks.report import UNKNOWN, LayerReport
 from bn_callbacks.statistics import causes
 
 MAX_COLUMNS = 128
-"""Columns kept at most; more than a picture shows apart."""
+"""Largest number of columns; a picture cannot show more."""
 
 FIGURES = ("lag", "mean_shift", "scale_ratio", "noise", "start_weight")
-"""What is kept of each layer, the lag first."""
+"""The figures kept of each layer, the lag first."""
 
 MARKS = {
     causes.WARMING_UP: "W",
@@ -32,15 +32,16 @@ MARKS = {
     causes.REPLICAS_DIFFER: "P",
     causes.STALE: "S",
     causes.RESCALED_INPUTS: "Z",
+    causes.BATCH_DEPENDENT: "B",
 }
-"""A letter for each cause that is something wrong."""
+"""A letter for each cause but healthy and unknown."""
 
 
 class History:
     """Remembers figures and causes of all layers over time.
 
-    When there are too many columns, each two neighbours become one, which keeps what
-    was worse of each layer: however long training lasts, nothing is forgotten.
+    If there are too many columns, each two neighbours become one, which keeps the worse
+    figures of each layer. So a long training loses no trouble, only its exact time.
 
     Args:
         start: The step at which training begins.
@@ -52,11 +53,11 @@ class History:
         self._marks: list[NDArray[np.str_]] = []
 
     def add(self, step: int, layers: Sequence[LayerReport]) -> None:
-        """Adds what was found at a step.
+        """Adds the reports of all layers at a step.
 
         Args:
-            step: The step. What is found at the step before again replaces that.
-            layers: What was found of all layers, always in the same order.
+            step: The step. The same step as the last one replaces its column.
+            layers: Reports of all layers, always in the same order.
         """
         figures = np.array(
             [[_number(getattr(layer, name)) for name in FIGURES] for layer in layers],
@@ -91,28 +92,28 @@ class History:
 
     @property
     def lags(self) -> NDArray[np.float64]:
-        """The lags, of shape `(layers, columns)`; `nan` where unknown."""
+        """The lags, of shape `(layers, columns)`; `nan` if unknown."""
         return np.stack(self._figures, axis=1)[..., 0]
 
     @property
     def marks(self) -> NDArray[np.str_]:
-        """The letters of the causes, of the same shape; empty where healthy."""
+        """The letters of the causes, of the same shape; empty if healthy or unknown."""
         return np.stack(self._marks, axis=1)
 
     def past(self, index: int) -> Iterator[tuple[int, dict[str, float]]]:
-        """The figures that were known of a layer: each column's last step, by name."""
+        """The known figures of a layer: for each column its last step, and by name."""
         for step, figures in zip(self._edges[1:], self._figures, strict=True):
             known = zip(FIGURES, figures[index].tolist(), strict=True)
             yield step, {name: value for name, value in known if math.isfinite(value)}
 
 
 def mark_of(cause: str) -> str:
-    """The letter of a cause; empty where nothing is wrong, or nothing known."""
+    """The letter of a cause; empty if healthy or unknown."""
     return "" if cause in (causes.HEALTHY, UNKNOWN) else MARKS.get(cause, "?")
 
 
 def _number(figure: float | None) -> float:
-    """`nan` if unknown; a figure that is no number is as bad as figures can be."""
+    """`nan` for unknown figures; infinity, the worst, for those that are NaN."""
     if figure is None:
         return math.nan
     return math.inf if math.isnan(figure) else figure

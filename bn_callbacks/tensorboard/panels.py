@@ -1,4 +1,4 @@
-"""Reports as Markdown, for TensorBoard's Text tab."""
+"""Writes reports as Markdown for TensorBoard's Text tab."""
 
 import functools
 import html
@@ -16,17 +16,17 @@ from bn_callbacks.report import (
 from bn_callbacks.statistics.causes import HEALTHY
 
 MAX_EPISODES = 12
-"""Episodes in a panel at most, the latest."""
+"""Largest number of episodes in a panel; it shows the latest."""
 
 
 def report_panel(
     report: BatchNormReport, since: Mapping[str, int], notes: Sequence[str] = ()
 ) -> str:
-    """A report: verdict, what came and went, the worst layers, what else is known.
+    """A report: verdict, episodes, advice, the worst layers, losses and notes.
 
     Args:
         report: The report.
-        since: The step since which a layer has not been healthy, by path.
+        since: The step since which each sick layer has not been healthy, by path.
         notes: Lines to add.
     """
     shown, left = report.ranked[:MAX_ROWS], report.ranked[MAX_ROWS:]
@@ -53,14 +53,14 @@ def report_panel(
 
 
 def _story(report: BatchNormReport) -> list[str]:
-    """What came and went, and what to do about it, each thing once."""
+    """The episodes, and what to do about each cause."""
     episodes = report.episodes[-MAX_EPISODES:]
     left = len(report.episodes) - len(episodes)
     lines = [f"- {left} earlier ones"] if left else []
     for episode in episodes:
         rest = str(episode).removeprefix(episode.cause)
         lines.append(f"- **{_cause(episode.cause)}** {escape(rest)}")
-    # What is said of a layer now is newer than what was said of an episode.
+    # Advice for a layer as it is now replaces that of an episode.
     advice = {episode.cause: episode.advice for episode in episodes}
     advice |= {layer.cause: layer.advice for layer in reversed(report.lagging)}
     to_do = [
@@ -73,7 +73,7 @@ def _story(report: BatchNormReport) -> list[str]:
 
 
 def recalibration_panel(report: RecalibrationReport) -> str:
-    """What a recalibration has done, with the lags before and after."""
+    """A recalibration, with the lags before and after."""
     rows = [
         [escape(layer.path), _number(layer.lag), _number(after)]
         for layer, after in report.ranked[:MAX_ROWS]
@@ -87,7 +87,7 @@ def recalibration_panel(report: RecalibrationReport) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that Markdown shows as it is, whatever users have named their layers.
+    """Escapes text, such as names of layers, so that Markdown shows it as it is.
 
     Args:
         text: Any text.
@@ -100,12 +100,12 @@ def escape(text: str) -> str:
     """
     text = html.escape(" ".join(text.split()), quote=False)
     text = re.sub(r"[\\`*_{}\[\]()#+!|~]", lambda found: f"&#{ord(found[0])};", text)
-    # At the beginning of a line these would make a list, or a rule.
+    # At the beginning of a line, these begin a list or a rule.
     return re.sub(r"^(\d*)([-.])", lambda found: f"{found[1]}&#{ord(found[2])};", text)
 
 
 def _cause(cause: str) -> str:
-    """A cause, as a link to its page, if the documentation has an address."""
+    """A cause, as a link to its section if the documentation has an address."""
     site = _documentation()
     if cause in (HEALTHY, UNKNOWN) or not site:
         return escape(cause)
@@ -114,7 +114,7 @@ def _cause(cause: str) -> str:
 
 @functools.cache
 def _documentation() -> str:
-    """Where the documentation is, if the package that is installed says so."""
+    """The address of the documentation in the package's metadata; empty if none."""
     try:
         urls = importlib.metadata.metadata("bn-callbacks").get_all("Project-URL") or []
     except importlib.metadata.PackageNotFoundError:
@@ -124,7 +124,7 @@ def _documentation() -> str:
 
 
 def _advice(text: str) -> str:
-    """Advice, which names no layers, so that what stands between backticks is code."""
+    """Advice, in which backticks enclose code: it contains no names of layers."""
     tick = escape("`")
     return re.sub(f"{tick}(.*?){tick}", r"<code>\1</code>", escape(text))
 

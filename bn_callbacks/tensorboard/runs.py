@@ -1,4 +1,4 @@
-"""Which run in a log directory a training writes into."""
+"""Chooses the run in a log directory that a training writes into."""
 
 import itertools
 import os
@@ -8,15 +8,15 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 SUBDIRECTORY = "batch_norm"
-"""Own directory under `log_dir`, so that no other writer's run is mixed with ours."""
+"""The directory under `log_dir` for our run, apart from those of other writers."""
 
 
 def choose_run(log_dir: str, start: int) -> str:
-    """The directory that a training writes into, of its own or its own again.
+    """Chooses the directory that a training writes into, and makes it if it is new.
 
-    A training that begins with a later step than 0 goes on in the run that has come as
-    far, or farther where it was interrupted. Any other makes a run of its own:
-    `batch_norm`, or one with a number and the time it began, where there are others.
+    A training that resumes at a later step than 0 continues the run that ended at this
+    step, or soonest after it. Any other training makes a new run: `batch_norm`, or, if
+    there are others, one with a number and the time.
 
     Args:
         log_dir: The log directory.
@@ -42,8 +42,8 @@ def choose_run(log_dir: str, start: int) -> str:
 
 
 def _is_made(run: str) -> bool:
-    """Makes a directory; not where another training did at this moment."""
-    if "://" in run:  # Where directories are but parts of names.
+    """Makes a directory; False if another training has made it at the same moment."""
+    if "://" in run:  # Object stores have no directories, only names.
         return not tf.io.gfile.exists(run)
     try:
         os.mkdir(run)

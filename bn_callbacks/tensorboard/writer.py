@@ -48,16 +48,16 @@ CARD, WHOLE = "BN/lag_map", "bn/lag_map_of_all_layers"
 """Tags of the pictures. TensorBoard sorts: the group of the first one is on top."""
 
 GROWTH = 0.1
-"""Share by which training must have grown since the last picture for another one."""
+"""Training must have grown by this share since the last picture for another one."""
 
 PICTURE_SHARE = 0.002
-"""Share of the time that drawing takes at most, but for the last picture."""
+"""Largest share of the time for drawing, except for the last picture."""
 
 PICTURE_COST = 0.05
-"""Seconds that drawing takes: a guess, until it has been timed."""
+"""Seconds to draw a picture: a guess until the first one has been timed."""
 
 NO_PICTURE = (
-    "There is no heat map, for Pillow 10.1 or newer is not installed. Install it with: "
+    "There is no heat map: Pillow 10.1 or newer is not installed. Install it with: "
     'python -m pip install "bn-callbacks[plot]"'
 )
 
@@ -81,7 +81,7 @@ _SIDES = {"batch": "the batches", "moving": "the layer"}
 
 
 def _surviving(method: Callable[..., None]) -> Callable[..., None]:
-    """Lets a method of the writer fail, and training go on without it."""
+    """Makes errors of a writing method end the writing, not the training."""
 
     @functools.wraps(method)
     def survive(self: "ReportWriter", *args: Any, **kwargs: Any) -> None:
@@ -95,21 +95,19 @@ def _surviving(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class ReportWriter:
-    """Writes what the reports of one `fit` say into event files, opened on first use.
+    """Writes the reports of one `fit` into event files, which are opened on first use.
 
-    Charts and a table come with each report; histograms, texts and the heat map at the
-    ends of epochs; the heat map only where there is something to see that the last one
-    did not show and drawing takes next to none of the time, and at the end. It needs
-    Pillow; without it there is none.
+    Each report writes charts; the end of an epoch adds histograms, a text and the heat
+    map. The heat map needs Pillow. It is drawn only if training has grown enough since
+    the last one and drawing takes little of the time, and once more at the end.
 
-    What cannot be written, on a full disk for one, ends no training: it is said once,
-    and nothing more is written.
+    An error, such as a full disk, does not end the training: the writer warns once, and
+    writes nothing more.
 
     Args:
         log_dir: The log directory, as `keras.callbacks.TensorBoard` takes it.
-        max_charts: Layers that get charts of their own at most.
-        threshold: The lag above which something is said.
-        start: The optimizer's step at which training begins.
+        max_charts: Largest number of layers with charts of their own.
+        threshold: The lag above which the monitor warns.
     """
 
     def __init__(
@@ -117,13 +115,12 @@ class ReportWriter:
         log_dir: str | os.PathLike[str],
         max_charts: int = MAX_CHARTS,
         threshold: float = DEFAULT_THRESHOLD,
-        start: int = 0,
     ) -> None:
         self._log_dir = os.fspath(log_dir)
         self._run: str | None = None
         self._has_failed = False
-        # Two runs below ours that have the same tags: TensorBoard draws them into one
-        # chart.
+        # Two runs below ours have the same tags, so TensorBoard draws both curves into
+        # one chart.
         self._files = {side: EventFile() for side in ("", *_SIDES)}
         self._settings = (max_charts, threshold)
         self._threshold = threshold
@@ -132,32 +129,32 @@ class ReportWriter:
         self._layout: tuple[list[str], bool] = ([], False)
         self._written_to: dict[str, int] = {}
         self._since: dict[str, int] = {}
-        self.begin(start)
+        self.begin(0)
         self._budget = Budget(PICTURE_SHARE, PICTURE_COST)
         self._written: BatchNormReport | None = None
 
     def begin(self, step: int) -> None:
-        """Training begins, at a step of the optimizer."""
+        """Begins a training at a step of the optimizer."""
         self._start = self._drawn_at = self._step = step
         self._history = History(step)
 
     def resumes_as(self, other: "ReportWriter", step: int) -> bool:
-        """Whether a training that begins at a step may go on with this writer.
+        """Whether a training that begins at a step may use this writer again.
 
         Args:
-            other: The writer that it would have otherwise.
-            step: The optimizer's step at which it begins.
+            other: The training's own, new writer.
+            step: The optimizer's step at which the training begins.
         """
         is_alike = self._settings == other._settings
         return is_alike and not self._has_failed and 0 < self._step <= step
 
     def check_directory(self) -> None:
-        """Tries whether there can be files in the directory, and leaves nothing.
+        """Checks that files can be written into the directory, and leaves none.
 
         Raises:
-            ValueError: There can be none.
+            ValueError: No file can be written.
         """
-        if "://" in self._log_dir:  # Where directories are but parts of names.
+        if "://" in self._log_dir:  # Object stores have no directories, only names.
             return
         path = Path(self._log_dir, SUBDIRECTORY)
         missing = [each for each in (path, *path.parents) if not each.exists()]
@@ -168,8 +165,8 @@ class ReportWriter:
         except OSError as error:
             raise ValueError(
                 "`log_dir` must be a directory for files, or one that can be made. "
-                f"Received: log_dir={self._log_dir!r}. It says: {said(error)}. Pass "
-                "another."
+                f"Received: log_dir={self._log_dir!r}. The system says: {said(error)}. "
+                "Pass another directory."
             ) from error
         finally:
             for each in missing:
@@ -184,17 +181,17 @@ class ReportWriter:
         evidence: Sequence[Evidence] = (),
         ends_epoch: bool = False,
     ) -> None:
-        """Writes one report; figures that are not known are left out.
+        """Writes one report, without the figures that are unknown.
 
         Args:
-            report: What to write.
+            report: The report.
             step: The optimizer's step.
-            evidence: What the report is made of, in the order of its layers.
+            evidence: What the report was made from, in the order of its layers.
             ends_epoch: Whether an epoch ends here.
         """
         before, self._step = self._step, step
         paths = [layer.path for layer in report.layers]
-        if paths != self._paths:  # At first, and where a resumed `fit` watches others.
+        if paths != self._paths:  # The first report, or a resumed `fit` has others.
             self._paths, self._history = paths, History(before)
             self._charted = ChartedLayers(self._settings[0])
         self._history.add(step, report.layers)
@@ -221,7 +218,7 @@ class ReportWriter:
         """Writes the last report as a text, and the heat map if it is due.
 
         Args:
-            report: The report, which may tell more than at the end of the last epoch.
+            report: The report; it may say more than that of the last epoch.
             step: The optimizer's step.
         """
         picture = self._picture(report, step, is_last=True)
@@ -229,15 +226,15 @@ class ReportWriter:
 
     @_surviving
     def mark(self, report: RecalibrationReport, step: int) -> None:
-        """Leaves a mark where a recalibration took place.
+        """Writes what a recalibration has done.
 
-        The last one may come after `close`; what it opens it closes.
+        If the files are closed, it opens them, and closes them again.
 
         Args:
             report: What the recalibration reported.
             step: The optimizer's step.
         """
-        was_open = self.is_open
+        was_open = any(file.is_open for file in self._files.values())
         text = text_pb(
             "bn/recalibration",
             recalibration_panel(report),
@@ -246,11 +243,6 @@ class ReportWriter:
         self._write("", [(step, [*_summary("residual", report.residual), text])])
         if not was_open:
             self.close()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something to close."""
-        return any(file.is_open for file in self._files.values())
 
     @_surviving
     def close(self) -> None:
@@ -266,7 +258,7 @@ class ReportWriter:
         self._files[side].write(os.path.join(self._run, side), events)
 
     def _write_past(self, charted: Sequence[str], before: int, step: int) -> None:
-        """Begins charts with what was found since they were last written."""
+        """Adds figures from before to charts that are new, or back after a while."""
         events: dict[int, list[Summary]] = {}
         for path in charted:
             since = self._written_to.get(path, self._start)
@@ -339,7 +331,7 @@ class ReportWriter:
 
 
 def _legend(episodes: Sequence[Episode]) -> dict[str, str]:
-    """What letters mean, and in which epochs it was so."""
+    """The cause that each letter means, and the epochs that had it."""
     spans: dict[str, list[str]] = {}
     for each in episodes:
         first, last = each.first_epoch, each.last_epoch
@@ -379,7 +371,7 @@ def _summary(name: str, value: float | None) -> Iterator[Summary]:
 
 
 def _moments(evidence: Sequence[Evidence], side: str) -> Iterator[Summary]:
-    """One number for all channels of a layer, for means and standard deviations."""
+    """The mean and standard deviation of each layer, as RMS over its channels."""
     of = _SIDES[side]
     for seen in evidence:
         if seen.pair is not None:

@@ -22,7 +22,6 @@ from bn_callbacks.statistics.diagnosis import (
 )
 from bn_callbacks.statistics.evidence import (
     Evidence,
-    _factor,
     is_negative,
     measure,
     scatter_of_means,

@@ -1,4 +1,4 @@
-"""What the callbacks of one `fit` let each other know."""
+"""How the library's callbacks in one `fit` find out about each other."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Company:
-    """The callbacks of this library that share a `fit`, whatever their order.
+class Peers:
+    """What the library's callbacks in one `fit` do, whatever their order.
 
-    All of them call `gather` in `on_train_begin`, which forgets the `fit` before,
-    however it ended; they say what they do in `on_epoch_begin`.
+    Each of them calls `forget_peers` in `on_train_begin`, which drops what an earlier
+    `fit` left, and says what it does in `on_epoch_begin`.
 
     Args:
-        recalibrates: Whether one recalibrates at the end.
-        debiases: Whether one debiases at the end.
-        writer: Where recalibrations leave a mark.
+        recalibrates: Whether one of them recalibrates at the end.
+        debiases: Whether one of them debiases at the end.
+        writer: Marks recalibrations in TensorBoard's files; None without a log
+            directory.
     """
 
     recalibrates: bool = False
@@ -30,22 +31,22 @@ class Company:
     writer: ReportWriter | None = None
 
 
-_companies: WeakKeyDictionary[keras.Model, Company] = WeakKeyDictionary()
+_peers: WeakKeyDictionary[keras.Model, Peers] = WeakKeyDictionary()
 
 
-def gather(model: keras.Model) -> None:
-    """Begins anew: nothing is known of the others yet."""
-    _companies[model] = Company()
+def forget_peers(model: keras.Model) -> None:
+    """Drops what the callbacks of an earlier `fit` said."""
+    _peers[model] = Peers()
 
 
-def company(model: keras.Model) -> Company:
-    """Those who share the `fit` of this model."""
-    return _companies.setdefault(model, Company())
+def peers_of(model: keras.Model) -> Peers:
+    """What the callbacks in this model's `fit` do."""
+    return _peers.setdefault(model, Peers())
 
 
 @dataclass(eq=False)
 class _List:
-    """The callbacks of this library in one list, in its order."""
+    """The library's callbacks in one list, in its order."""
 
     members: list[ReferenceType[keras.callbacks.Callback]] = field(default_factory=list)
     is_complete: bool = False
@@ -55,7 +56,7 @@ _lists: WeakKeyDictionary[keras.Model, _List] = WeakKeyDictionary()
 
 
 def enlist(model: keras.Model, callback: keras.callbacks.Callback) -> None:
-    """Notes a callback that is given a model, as all of a list are before any hook."""
+    """Notes that a callback got a model. All of a list get it before any hook runs."""
     current = _lists.get(model)
     if current is None or current.is_complete:
         current = _lists[model] = _List()
@@ -63,12 +64,12 @@ def enlist(model: keras.Model, callback: keras.callbacks.Callback) -> None:
 
 
 def complete_list(model: keras.Model) -> None:
-    """Notes that all of a list have been given the model."""
+    """Notes that all callbacks of a list have got the model."""
     if model in _lists:
         _lists[model].is_complete = True
 
 
 def listed(model: keras.Model) -> list[keras.callbacks.Callback]:
-    """Those that were given the model together."""
+    """The library's callbacks that got the model in the same list."""
     found = [member() for member in _lists.get(model, _List()).members]
     return [member for member in found if member is not None]
