@@ -105,7 +105,9 @@ def audit(
             losses = three_losses(
                 by_batch, solver, batches, read(targets), batch
             ).losses
-    seen.input_map = input_map(in_inference, batches, stored, seen.batch)
+    seen.input_map = input_map(
+        in_inference, batches, stored, seen.batch, is_thorough=True
+    )
     return report_on(found, stored, model, seen, losses)
 
 

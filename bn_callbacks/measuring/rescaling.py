@@ -12,15 +12,26 @@ from bn_callbacks.measuring.mapped import Mapped
 from bn_callbacks.measuring.one_pass import Population
 from bn_callbacks.measuring.sample import examples_in
 from bn_callbacks.statistics.affine import (
+    ALIKE,
     InputMap,
-    common_factor,
+    is_felt,
+    is_large,
     is_proportional,
+    ratio_of,
     shift_between,
 )
+from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 
 EXAMPLES = 1024
 """Examples that tell whether data mapped back are those of training."""
+
+ROUNDS = 8
+"""Times that factor and shift are corrected, one after the other, at most: data scaled
+twice, whose padded edges hide the rest, take 6, most maps one or two."""
+
+SETTLED = 0.01
+"""Relative change of the factor from which on it is found."""
 
 HEALED = 0.2
 """Lag, in standard deviations, up to which every layer is right for data mapped
@@ -32,10 +43,13 @@ def input_map(
     batches: Batches,
     stored: Sequence[Statistics],
     given: dict[BatchNormLayer, Statistics],
+    *,
+    is_thorough: bool = False,
 ) -> InputMap | None:
     """What has been done to the data, if that can be proven.
 
-    Where all channels of the first layer have one factor, some of the data are mapped
+    Where all channels of the first layer have one factor, or at least another spread or
+    mean (shifted pictures that zeros pad have edges, too), some of the data are mapped
     back, and shifted so that this layer has the means that it stores. If inference then
     brings *each* layer what it stores, the statistics are right, and the data are not:
     stale statistics stay stale behind the first layer. Where there is no layer behind
@@ -46,38 +60,53 @@ def input_map(
         batches: The data.
         stored: What the layers store.
         given: What batches of these data bring the layers.
+        is_thorough: Whether to look further also where no factor is seen at once.
 
     Returns:
         The map; None where there is none, or no proof of it.
     """
-    entry, factor = population.entry, None
+    entry, is_candidate = population.entry, False
     if entry in given and is_array(batches.peek()) and is_finite(stored):
         index = population.layers.index(entry)
-        moving = stored[index]
-        factor = common_factor(given[entry], moving, entry.epsilon)
+        moving, epsilon = stored[index], entry.epsilon
+        ratio = ratio_of(given[entry], moving, epsilon)
+        is_off = lag(given[entry], moving, epsilon) > HEALED
+        is_candidate = ratio.is_factor or (is_thorough and is_off)
+        if len(given) == 1:
+            is_one = is_proportional(given[entry], moving, ratio.median)
+            is_candidate = ratio.is_factor and is_one
     # Replicas of other workers may store something else.
-    if not population.team.everywhere(factor is not None):
-        return None
-    assert entry is not None
-    assert factor is not None
-    if len(given) == 1 and not is_proportional(given[entry], moving, factor):
+    if not population.team.everywhere(is_candidate):
         return None
     count = math.ceil(EXAMPLES / max(1, examples_in(batches.peek())))
 
-    def back(shift: float) -> list[Moments]:
+    def back(factor: float, shift: float) -> list[Moments]:
         """What inference brings the layers if the data are mapped back."""
         data = Mapped(batches, count, factor, shift)
         return population.measure(data, stored).moments
 
-    try:
-        unshifted, shifted = (back(shift)[index].statistics for shift in (0.0, 1.0))
-        shift = shift_between(unshifted, shifted, moving)
-        left = known(lags(population.layers, back(shift), stored))
-    except ValueError:
-        # What is mapped back is nothing that the model takes.
+    factor, shift = ratio.median, 0.0
+    for _ in range(ROUNDS):
+        try:
+            here, beside = (
+                back(factor, shift + by)[index].statistics for by in (0.0, 1.0)
+            )
+            shift += shift_between(here, beside, moving)
+            mapped = back(factor, shift)
+        except ValueError:
+            # What is mapped back is nothing that the model takes.
+            return None
+        rest = ratio_of(mapped[index].statistics, moving, epsilon)
+        if abs(math.log(rest.median)) < SETTLED:
+            break
+        # Where zeros pad a picture, a shift makes edges, which vary as well.
+        factor *= rest.median
+    left = known(lags(population.layers, mapped, stored))
+    is_right = left is not None and left <= HEALED and rest.spread < ALIKE
+    if not (is_right and is_large(factor)):
         return None
-    is_right = left is not None and left <= HEALED
-    return InputMap(factor, -factor * shift) if is_right else None
+    has_shift = is_felt(shift, here, beside, moving)
+    return InputMap(factor, -factor * shift if has_shift else 0.0)
 
 
 def is_array(batch: Batch) -> bool:

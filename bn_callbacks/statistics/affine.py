@@ -17,6 +17,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bn_callbacks.statistics.moments import Statistics
 
@@ -38,6 +39,29 @@ SHIFTED = 0.1
 """Shift of the first layer's means, in standard deviations, up to which it is none."""
 
 
+class Ratio(NamedTuple):
+    """Standard deviations of batches over those that are stored.
+
+    Attributes:
+        median: The median over the channels.
+        spread: How far the channels are from it, as a share of it (a root of the mean
+            square).
+    """
+
+    median: float
+    spread: float
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is the one factor of all channels, and worth a word."""
+        return self.spread < ALIKE and is_large(self.median)
+
+
+def is_large(factor: float) -> bool:
+    """Whether a factor is far enough from 1."""
+    return max(factor, 1 / factor) >= LEAST_FACTOR
+
+
 class InputMap(NamedTuple):
     """What has been done to the data: `given = factor·trained + shift`."""
 
@@ -50,39 +74,31 @@ class InputMap(NamedTuple):
         return f"{text} and a shift of {self.shift:.3g}" if self.shift else text
 
 
-def common_factor(
-    batch: Statistics, moving: Statistics, epsilon: float
-) -> float | None:
-    """The one factor between the standard deviations of all channels.
+def ratio_of(batch: Statistics, moving: Statistics, epsilon: float) -> Ratio:
+    """The ratio of standard deviations that most channels have, and how alike it is.
 
-    The median of `σ_b/σ_m`, if no more than `ALIKE` lies between it and the others (as
-    a root of the mean square), and it is at least `LEAST_FACTOR` away from 1. Channels
-    without variance say nothing.
+    Channels without variance say nothing.
 
     Args:
         batch: Statistics of the first BN layer's input.
         moving: What it stores.
         epsilon: The layer's epsilon.
 
-    Returns:
-        The factor; None where there is none.
-
     Examples:
         >>> stored = Statistics(np.zeros(4), np.array([1.0, 2.0, 3.0, 4.0]))
         >>> given = Statistics(np.arange(4.0), 9 * stored.variance)
-        >>> common_factor(given, stored, epsilon=1e-3)
-        3.0
+        >>> ratio_of(given, stored, epsilon=1e-3)
+        Ratio(median=3.0, spread=0.0)
     """
     varies = (moving.variance > 10 * epsilon**2) & (batch.variance > 0)
     if not varies.any():
-        return None
+        return Ratio(1.0, math.inf)
     ratios = np.sqrt(batch.variance[varies] / moving.variance[varies])
-    factor = float(np.median(ratios))
-    if not np.isfinite(ratios).all() or not 0 < factor < math.inf:
-        return None
-    off = math.sqrt(float(np.mean(np.square(ratios / factor - 1))))
-    is_large = max(factor, 1 / factor) >= LEAST_FACTOR
-    return factor if off < ALIKE and is_large else None
+    median = float(np.median(ratios))
+    if not np.isfinite(ratios).all() or not 0 < median < math.inf:
+        return Ratio(1.0, math.inf)
+    spread = math.sqrt(float(np.mean(np.square(ratios / median - 1))))
+    return Ratio(median, spread)
 
 
 def is_proportional(batch: Statistics, moving: Statistics, factor: float) -> bool:
@@ -119,8 +135,8 @@ def shift_between(
 
     Its means move in proportion to a shift of all inputs: by `d = shifted − unshifted`
     a unit. The least squares `s` of `unshifted + s·d = wanted` is `Σd·e/Σd²`, where
-    `e = wanted − unshifted`, each in standard deviations. Less than `SHIFTED` is 0, as
-    is the answer where kernels add up to nothing and do not mind.
+    `e = wanted − unshifted`, each in standard deviations; 0 where kernels add up to
+    nothing and do not mind.
 
     Args:
         unshifted: What the layer has with data as they are.
@@ -132,13 +148,27 @@ def shift_between(
         >>> shift_between(zero, one, Statistics(np.full(3, 5.0), np.ones(3)))
         2.5
     """
-    varies = wanted.variance > 0
-    sigma = np.sqrt(wanted.variance[varies])
-    d, e = (
-        (part.mean[varies] - unshifted.mean[varies]) / sigma
-        for part in (shifted, wanted)
-    )
+    d = _apart(shifted, unshifted, wanted)
     size = float(d @ d)
-    shift = float(d @ e) / size if size > 0 else 0.0
-    is_felt = abs(shift) * math.sqrt(size / max(len(d), 1)) > SHIFTED
-    return shift if is_felt else 0.0
+    return float(d @ _apart(wanted, unshifted, wanted)) / size if size > 0 else 0.0
+
+
+def is_felt(
+    shift: float, unshifted: Statistics, shifted: Statistics, wanted: Statistics
+) -> bool:
+    """Whether a shift moves the means by more than `SHIFTED`.
+
+    Args:
+        shift: The shift, for all data.
+        unshifted: As `shift_between` takes it, and the rest too.
+        shifted: What the first layer has with 1 added to all data.
+        wanted: What it stores.
+    """
+    d = _apart(shifted, unshifted, wanted)
+    return abs(shift) * math.sqrt(float(d @ d) / max(len(d), 1)) > SHIFTED
+
+
+def _apart(one: Statistics, other: Statistics, unit: Statistics) -> NDArray[np.float64]:
+    varies = unit.variance > 0
+    apart = (one.mean - other.mean)[varies] / np.sqrt(unit.variance[varies])
+    return np.asarray(apart, np.float64)

@@ -5,8 +5,9 @@ import pytest
 
 from bn_callbacks.statistics.affine import (
     InputMap,
-    common_factor,
+    is_felt,
     is_proportional,
+    ratio_of,
     shift_between,
 )
 from bn_callbacks.statistics.moments import Statistics
@@ -16,6 +17,11 @@ RNG = np.random.default_rng(0)
 KERNEL = RNG.normal(size=(6, 16))
 BIAS = RNG.normal(size=16)
 X = RNG.normal(2, 1, size=(4000, 6)) * np.arange(1, 7)
+
+
+def common_factor(given, stored, epsilon):
+    ratio = ratio_of(given, stored, epsilon)
+    return ratio.median if ratio.is_factor else None
 
 
 def behind(x, kernel=KERNEL, bias=BIAS):
@@ -101,12 +107,16 @@ def test_the_shift_is_found_through_kernel_and_bias(shift):
     assert shift_between(STORED, behind(X + 1), wanted) == pytest.approx(shift)
 
 
-def test_what_is_not_felt_is_no_shift():
-    assert shift_between(STORED, behind(X + 1), behind(X + 0.01)) == 0.0
-    # Kernels that add up to nothing.
+def test_a_shift_is_felt_by_the_means():
+    ends = STORED, behind(X + 1)
+    assert is_felt(1.0, *ends, STORED)
+    assert not is_felt(0.01, *ends, STORED)
+    # Kernels that add up to nothing; nothing that varies.
     assert shift_between(STORED, STORED, behind(X + 1)) == 0.0
+    assert not is_felt(1.0, STORED, STORED, STORED)
     flat = STORED._replace(variance=np.zeros(16))
     assert shift_between(flat, flat, flat) == 0.0
+    assert not is_felt(1.0, flat, flat, flat)
 
 
 @pytest.mark.parametrize(
