@@ -46,6 +46,15 @@ def check_whole(name: str, value: Any) -> None:
         )
 
 
+def check_threshold(value: Any) -> None:
+    """Raises a ValueError unless it is a positive number."""
+    if not is_positive(value):
+        raise ValueError(
+            "`threshold` must be a positive number of standard deviations. "
+            f"Received: threshold={shown(value)}."
+        )
+
+
 def check_verbose(value: Any) -> None:
     """Raises a ValueError unless it is what Keras takes as `verbose`."""
     if not (is_word(value, "auto") or is_flag(value) or is_whole(value, 0)):

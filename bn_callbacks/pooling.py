@@ -185,8 +185,8 @@ def _note(
     if given is None:
         return (
             "These are the statistics of a first round, in which layers normalise by "
-            "batch. Another round, with `measure(..., statistics=merged)`, brings "
-            "them nearer to what inference sees."
+            "batch. Another round, which measures with these (`statistics` of "
+            "`measure`), brings them nearer to what inference sees."
         )
     moved = known(lags(targets, moments, [given[name] for name in names])) or 0.0
     return (

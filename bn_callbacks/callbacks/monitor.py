@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 import keras
 
 from bn_callbacks.arguments import (
+    check_threshold,
     check_verbose,
-    is_positive,
     is_whole,
     is_word,
     shown,
@@ -148,11 +148,7 @@ class BatchNormMonitor(BatchNormCallback):
                 "`on_lag` must be 'warn', 'raise' or 'ignore'. Received: "
                 f"on_lag={shown(on_lag)}."
             )
-        if not is_positive(threshold):
-            raise ValueError(
-                "`threshold` must be a positive number of standard deviations. "
-                f"Received: threshold={shown(threshold)}."
-            )
+        check_threshold(threshold)
         if probe is not None and not is_probe(probe):
             raise ValueError(
                 "`probe` must be a tuple (x, y) or (x, y, sample_weight), or a dataset "

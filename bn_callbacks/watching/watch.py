@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_callbacks.arguments import check_threshold, check_whole
 from bn_callbacks.layers import (
     BatchNormLayer,
     Calls,
@@ -84,6 +85,10 @@ class BatchNormWatch:
     Attributes:
         report: The latest `BatchNormReport`; None before the first.
 
+    Raises:
+        TypeError: `model` is not a Keras 3 model.
+        ValueError: An argument is none of those above.
+
     Examples:
         >>> import keras, numpy as np
         >>> model = keras.Sequential(
@@ -118,6 +123,9 @@ class BatchNormWatch:
         threshold: float = DEFAULT_THRESHOLD,
     ) -> None:
         check_model(model)
+        check_whole("steps", steps)
+        check_whole("epochs", epochs)
+        check_threshold(threshold)
         params: dict[str, Any] = {"epochs": epochs}
         if steps is not None:
             params["steps"] = steps
