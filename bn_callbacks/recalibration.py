@@ -49,6 +49,7 @@ from bn_callbacks.measuring.rescaling import input_map
 from bn_callbacks.measuring.sample import Examples, examples_in
 from bn_callbacks.report import BatchNormWarning, RecalibrationReport, Shrinkage
 from bn_callbacks.statistics.affine import InputMap
+from bn_callbacks.statistics.causes import RESCALED_INPUTS
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.warn import warn
 
@@ -173,6 +174,7 @@ def recalibrate(
         layers=layers,
         validation_data=validation_data,
         prior=prior,
+        checks_data=True,
     ).run(verbose)
 
 
@@ -273,9 +275,11 @@ class Recalibration:
         validation_data: Any = None,
         prior: Literal["stored"] | None = None,
         is_brief: bool = False,
+        checks_data: bool = False,
     ) -> None:
         self._model = model
         self._is_brief = is_brief
+        self._checks_data = checks_data
         self._tolerance = BRIEF_TOLERANCE if is_brief else tolerance
         self._refine: int | Literal["auto"] = (
             refine if refine == "auto" else int(refine)
@@ -334,12 +338,15 @@ class Recalibration:
             )
         seen = Seen()
         seen.in_batches(targets, measured, {})
-        if not self._is_brief:
+        if self._checks_data:
             seen.input_map = input_map(self._population, self._batches, old, seen.batch)
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen
         )
+        causes = {layer.cause for layer in before.layers}
+        # A start that is not yet forgotten may look like a factor, too.
+        rescaled = seen.input_map if RESCALED_INPUTS in causes else None
         loss_before = loss_after = None
         if self._validation is not None:
             loss_before = self._validation.inference_loss(old)
@@ -373,11 +380,11 @@ class Recalibration:
             unreached=tuple(bn.path for bn in unreached),
             skipped=tuple(bn.path for bn in self._skipped),
             residuals=(*solution.residuals, *[None] * len(uncalled)),
-            notes=self._notes(measured, residual, is_nearer, committed, seen.input_map),
+            notes=self._notes(measured, residual, is_nearer, committed, rescaled),
             shrinkage=self._shrinkage,
             _undo=lambda: restore(saved),
         )
-        if not is_nearer or seen.input_map is not None:
+        if not is_nearer or rescaled is not None:
             warn(report.notes[0], BatchNormWarning)
         if show:
             print(report)

@@ -307,7 +307,7 @@ def test_arrays_of_unequal_length_are_an_error() -> None:
 )
 def test_a_batch_that_is_no_data_is_named(item: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"^Batch 1 of the data is nothing .*Received: .*Give batches"
+        ValueError, match=r"^Batch 1 of the data has no form .*Received: .*Give batches"
     ):
         list(Batches(iter([X, item])))
 

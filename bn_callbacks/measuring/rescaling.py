@@ -19,6 +19,7 @@ from bn_callbacks.statistics.affine import (
     is_proportional,
     ratio_of,
     shift_between,
+    start_lag,
 )
 from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
@@ -106,7 +107,9 @@ def input_map(
     if not (is_right and is_large(factor)):
         return None
     has_shift = is_felt(shift, here, beside, moving)
-    return InputMap(factor, -factor * shift if has_shift else 0.0)
+    assert entry is not None
+    is_like_start = start_lag(given[entry], moving, entry.initial, epsilon) <= HEALED
+    return InputMap(factor, -factor * shift if has_shift else 0.0, is_like_start)
 
 
 def is_array(batch: Batch) -> bool:

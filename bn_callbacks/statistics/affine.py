@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bn_callbacks.statistics.lag import lag
 from bn_callbacks.statistics.moments import Statistics
 
 ALIKE = 0.05
@@ -63,10 +64,18 @@ def is_large(factor: float) -> bool:
 
 
 class InputMap(NamedTuple):
-    """What has been done to the data: `given = factor·trained + shift`."""
+    """What has been done to the data: `given = factor·trained + shift`.
+
+    Attributes:
+        factor: The factor.
+        shift: The shift.
+        is_like_start: Whether start values that are not forgotten, in channels that
+            are much alike, would look the same.
+    """
 
     factor: float
     shift: float = 0.0
+    is_like_start: bool = False
 
     def __str__(self) -> str:
         a = self.factor
@@ -99,6 +108,36 @@ def ratio_of(batch: Statistics, moving: Statistics, epsilon: float) -> Ratio:
         return Ratio(1.0, math.inf)
     spread = math.sqrt(float(np.mean(np.square(ratios / median - 1))))
     return Ratio(median, spread)
+
+
+def start_lag(
+    batch: Statistics, moving: Statistics, initial: Statistics, epsilon: float
+) -> float:
+    """The lag that is left if `moving` is an average that still holds its start.
+
+    Such an average is `w·initial + (1 − w)·batch`; the least lag over all weights `w`.
+
+    Args:
+        batch: Statistics of a layer's input.
+        moving: What it stores.
+        initial: What it was built with.
+        epsilon: The layer's epsilon.
+
+    Examples:
+        >>> start = Statistics(np.zeros(2), np.ones(2))
+        >>> given = Statistics(np.full(2, 10.0), np.full(2, 5.0))
+        >>> half = Statistics(np.full(2, 5.0), np.full(2, 3.0))
+        >>> start_lag(given, half, start, epsilon=1e-3)
+        0.0
+    """
+    mixed = (
+        Statistics(
+            weight * initial.mean + (1 - weight) * batch.mean,
+            weight * initial.variance + (1 - weight) * batch.variance,
+        )
+        for weight in np.linspace(0.02, 0.98, 49)
+    )
+    return min(lag(each, moving, epsilon) for each in mixed)
 
 
 def is_proportional(batch: Statistics, moving: Statistics, factor: float) -> bool:
