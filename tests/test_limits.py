@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bn_callbacks import recalibration
-from bn_callbacks.layers import assign, find, read
+from bn_callbacks.layers import assign, find, read, state
 from bn_callbacks.measuring.consistent import Solution, _layer_by_layer
 from bn_callbacks.measuring.one_pass import Measurement
 from bn_callbacks.recalibration import _is_worse
@@ -50,7 +50,7 @@ def test_what_is_written_is_taken_back_where_another_worker_fails(monkeypatch):
         assign(*arguments)
         raise RuntimeError
 
-    monkeypatch.setattr(recalibration, "assign", write_and_fail)
+    monkeypatch.setattr(state, "assign", write_and_fail)
     with pytest.raises(RuntimeError):
         recalibration.recalibrate(model, np.full((8, 2), 5.0), verbose=0)
     for old, now in zip(before, model.get_weights(), strict=True):

@@ -90,6 +90,7 @@ def activate(model: keras.Model) -> None:
     model.layers[3].activation = keras.activations.tanh
 
 
+@pytest.mark.filterwarnings("ignore:The data given differ")
 @pytest.mark.parametrize("change", [freeze, rescale, activate])
 def test_a_model_that_has_changed_is_traced_anew(
     change: Callable[[keras.Model], None],
@@ -115,6 +116,7 @@ def test_another_structure_of_data_is_traced_anew() -> None:
     assert traces(model, x=[X]) == 0
 
 
+@pytest.mark.filterwarnings("ignore:The data given differ")
 def test_little_is_kept_and_nothing_beyond_the_life_of_the_model() -> None:
     model = network()
     for factor in range(2 * KEPT):

@@ -18,14 +18,18 @@ import bn_callbacks
 from bn_callbacks import (
     BatchNormMonitor,
     DebiasBatchNorm,
+    PopulationMoments,
     RecalibrateBatchNorm,
+    apply_statistics,
     audit,
+    measure,
     recalibrate,
     recalibrated,
     suggest_momentum,
 )
 
 X = normal(8, 6)
+MOMENTS = PopulationMoments({}, None, 0, 0)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """What NumPy and TensorFlow say of some of these values is not the matter here."""
@@ -183,6 +187,8 @@ def check_model(wrong: Any) -> None:
     judge(lambda: enter(recalibrated(wrong, X)))
     judge(lambda: audit(wrong, X))
     judge(lambda: audit(wrong))
+    judge(lambda: measure(wrong, X))
+    judge(lambda: apply_statistics(wrong, MOMENTS))
 
 
 @fuzz(20)
@@ -200,6 +206,10 @@ def test_1000_models(wrong: Any) -> None:
 def check_data(model: keras.Model, x: Any, how: str) -> None:
     if how == "recalibrate":
         judge(lambda: recalibrate(model, x, steps=2, verbose=0).undo(), must_fail=False)
+    elif how == "measure":
+        judge(lambda: measure(model, x, steps=1), must_fail=False)
+    elif how == "apply":
+        judge(lambda: apply_statistics(model, x))
     elif how == "audit":
         judge(lambda: audit(model, x, steps=1), must_fail=False)
     else:
@@ -209,7 +219,7 @@ def check_data(model: keras.Model, x: Any, how: str) -> None:
         )
 
 
-HOW = st.sampled_from(["recalibrate", "audit", "validation"])
+HOW = st.sampled_from(["recalibrate", "audit", "validation", "measure", "apply"])
 
 
 @fuzz(25)
