@@ -55,6 +55,10 @@ def test_logs_carry_floats_that_loggers_can_write():
         assert {type(value) for value in ours.values()} == {float}
 
 
+@pytest.mark.skipif(
+    keras.__version__.startswith("3.0."),
+    reason="Keras 3.0 restores no optimizer that has not been built",
+)
 def test_a_training_that_backup_and_restore_goes_on_with_is_watched(tmp_path):
     def fit(model, *callbacks):
         backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
