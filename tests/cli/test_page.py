@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import keras
@@ -52,6 +53,8 @@ def save_images(folder):
 @pytest.mark.slow
 def test_every_command_of_the_page_works(run, here, tmp_path_factory, monkeypatch):
     make_model().save("float32.keras")
+    for part in ("here.npz", "there.npz"):
+        shutil.copy("train.npz", part)
     images = tmp_path_factory.mktemp("images")
     save_images(images)
     assert len(COMMANDS) >= 7
@@ -66,9 +69,7 @@ def test_every_command_of_the_page_works(run, here, tmp_path_factory, monkeypatc
         if getattr(options, "output", None):
             assert Path(options.output).exists()
     assert {parse(shlex.split(line)[1:]).command for line in COMMANDS} == {
-        "inspect",
-        "recalibrate",
-        "export",
+        *("inspect", "recalibrate", "measure", "merge", "apply", "export")
     }
 
 
