@@ -212,7 +212,8 @@ def report_on(
         updates = None
         if steps == 0 and one.is_initial:
             updates = 0
-        elif steps and calls.updates is not None:
+        elif steps and calls.updates is not None and bn.trainable:
+            # A frozen layer may have been trained, and frozen later.
             updates = steps * calls.updates
         is_still = bool(steps) and one.is_initial
         evidence.append(dataclasses.replace(one, updates=updates, is_still=is_still))

@@ -46,6 +46,7 @@ def test_the_verdict_is_right_and_its_advice_helps(case: Audit) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The data given differ")
 @pytest.mark.parametrize("case", [c for c in audits if c.name not in QUICK], ids=name)
 def test_all_other_verdicts_are_right_too(case: Audit) -> None:
     check(case)
