@@ -106,7 +106,7 @@ def audit(
                 by_batch, solver, batches, read(targets), batch
             ).losses
     seen.input_map = input_map(
-        in_inference, batches, stored, seen.batch, is_thorough=True
+        model, in_inference, batches, stored, seen.batch, is_thorough=True
     )
     return report_on(found, stored, model, seen, losses)
 

@@ -339,7 +339,9 @@ class Recalibration:
         seen = Seen()
         seen.in_batches(targets, measured, {})
         if self._checks_data:
-            seen.input_map = input_map(self._population, self._batches, old, seen.batch)
+            seen.input_map = input_map(
+                self._model, self._population, self._batches, old, seen.batch
+            )
         uncalled = dict(zip(self._uncalled, read(self._uncalled), strict=True))
         before = report_on(
             [*targets, *uncalled], [*old, *uncalled.values()], self._model, seen

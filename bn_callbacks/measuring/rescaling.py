@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 
-from bn_callbacks.layers import BatchNormLayer
+from bn_callbacks.layers import BatchNormLayer, calls_of, steps_made
 from bn_callbacks.measuring.consistent import known, lags
 from bn_callbacks.measuring.data import Batch, Batches
 from bn_callbacks.measuring.mapped import Mapped
@@ -40,6 +41,7 @@ back: what is called healthy elsewhere."""
 
 
 def input_map(
+    model: keras.Model,
     population: Population,
     batches: Batches,
     stored: Sequence[Statistics],
@@ -57,7 +59,8 @@ def input_map(
     it, its means have to be scaled by the same factor.
 
     Args:
-        population: Measures the layers.
+        model: The model.
+        population: Measures its layers.
         batches: The data.
         stored: What the layers store.
         given: What batches of these data bring the layers.
@@ -76,6 +79,11 @@ def input_map(
         if len(given) == 1:
             is_one = is_proportional(given[entry], moving, ratio.median)
             is_candidate = ratio.is_factor and is_one
+        if is_candidate and not _is_start_known(model, entry):
+            # In channels much alike, a start that is not forgotten looks the same.
+            is_candidate = (
+                start_lag(given[entry], moving, entry.initial, epsilon) > HEALED
+            )
     # Replicas of other workers may store something else.
     if not population.team.everywhere(is_candidate):
         return None
@@ -107,9 +115,13 @@ def input_map(
     if not (is_right and is_large(factor)):
         return None
     has_shift = is_felt(shift, here, beside, moving)
-    assert entry is not None
-    is_like_start = start_lag(given[entry], moving, entry.initial, epsilon) <= HEALED
-    return InputMap(factor, -factor * shift if has_shift else 0.0, is_like_start)
+    return InputMap(factor, -factor * shift if has_shift else 0.0)
+
+
+def _is_start_known(model: keras.Model, bn: BatchNormLayer) -> bool:
+    """Whether it is known how much of a layer's start values is left."""
+    (calls,) = calls_of(model, [bn])
+    return bool(steps_made(model) and calls.updates and bn.trainable)
 
 
 def is_array(batch: Batch) -> bool:

@@ -69,13 +69,10 @@ class InputMap(NamedTuple):
     Attributes:
         factor: The factor.
         shift: The shift.
-        is_like_start: Whether start values that are not forgotten, in channels that
-            are much alike, would look the same.
     """
 
     factor: float
     shift: float = 0.0
-    is_like_start: bool = False
 
     def __str__(self) -> str:
         a = self.factor

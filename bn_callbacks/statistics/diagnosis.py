@@ -334,12 +334,9 @@ def _tiny_batch(seen: Evidence, measured: Measured) -> bool:
 
 
 def _rescaled(seen: Evidence, measured: Measured) -> bool:
-    # Proven by the data, mapped back, for all layers; unless it may be the start.
-    found = seen.input_map
-    if found is None or (found.is_like_start and not seen.updates):
-        return False
+    # Proven by the data, mapped back, for all layers at once.
     is_off = (measured.figures.lag or 0.0) > _least(seen)
-    return is_off and measured.start_part < _least(seen)
+    return seen.input_map is not None and is_off and measured.start_part < _least(seen)
 
 
 def _low_precision(seen: Evidence, measured: Measured) -> bool:
