@@ -46,6 +46,14 @@ def check_whole(name: str, value: Any) -> None:
         )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises a ValueError unless it is True or False."""
+    if not is_flag(value):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={shown(value)}."
+        )
+
+
 def check_threshold(value: Any) -> None:
     """Raises a ValueError unless it is a positive number."""
     if not is_positive(value):

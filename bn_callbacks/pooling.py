@@ -6,7 +6,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from bn_callbacks.arguments import check_verbose, is_flag, is_word, shown
+from bn_callbacks.arguments import check_flag, check_verbose, is_word, shown
 from bn_callbacks.auditing import Seen, report_on
 from bn_callbacks.layers import (
     BatchNormLayer,
@@ -203,10 +203,7 @@ def _check_options(statistics: Any, dropout: Any, verbose: Any) -> None:
             f"statistics={shown(statistics)}. Pass the merged moments of the round "
             "before."
         )
-    if not is_flag(dropout):
-        raise ValueError(
-            f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
-        )
+    check_flag("dropout", dropout)
     check_verbose(verbose)
 
 

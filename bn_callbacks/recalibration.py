@@ -11,8 +11,8 @@ from typing import Any, Literal
 import keras
 
 from bn_callbacks.arguments import (
+    check_flag,
     check_verbose,
-    is_flag,
     is_positive,
     is_whole,
     is_word,
@@ -517,10 +517,7 @@ def check_options(
             "`tolerance` must be None or a positive standard error, in standard "
             f"deviations. Received: tolerance={shown(tolerance)}."
         )
-    if not is_flag(dropout):
-        raise ValueError(
-            f"`dropout` must be True or False. Received: dropout={shown(dropout)}."
-        )
+    check_flag("dropout", dropout)
     if not (prior is None or is_word(prior, "stored")):
         raise ValueError(
             f"`prior` must be None or 'stored'. Received: prior={shown(prior)}."
