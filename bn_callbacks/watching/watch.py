@@ -301,19 +301,16 @@ class BatchNormWatch:
         if self._windows is None or team_of(self.model).workers > 1:
             return
         if self._counter.is_last(batch):
-            self._last = _AfterTheLast(
-                self._windows.read(), self._windows.versions(), self._fingerprint()
-            )
+            self._last = self._read_last(self._windows)
+
+    def _read_last(self, windows: Windows) -> _AfterTheLast:
+        return _AfterTheLast(windows.read(), windows.versions(), self._fingerprint())
 
     def end_steps(self) -> None:
         """The steps of an epoch are over: before anybody validates, or writes."""
         if self._windows is None or self._read_at is None:
             return
-        last, self._last = self._last, None
-        if last is None:
-            last = _AfterTheLast(
-                self._windows.read(), self._windows.versions(), self._fingerprint()
-            )
+        last, self._last = self._last or self._read_last(self._windows), None
         reading = last.reading
         steps = self._counter.finish(*reading)
         if self._calls.is_watching:
