@@ -128,7 +128,11 @@ def _run(
     seed: int,
 ) -> dict[str, Figures]:
     training, _ = data
-    monitor = BatchNormMonitor(directory / "as_trained", probe=tuple(training))
+    # Not "auto": how often that writes, and so when it sees a trouble first, depends on
+    # the machine.
+    monitor = BatchNormMonitor(
+        directory / "as_trained", update_freq=10, probe=tuple(training)
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BatchNormWarning)
         model, logs = _train(data, monitor, directory / "as_trained", epochs, seed)
