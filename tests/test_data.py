@@ -327,6 +327,24 @@ def test_an_exception_of_the_data_passes_with_the_batch_in_a_note() -> None:
         assert error.__notes__ == ["Raised by batch 2 of `x`, counted from 0."]
 
 
+class Lost:
+    """An array on a disk that is gone."""
+
+    shape = (4, 3)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise OSError("disk gone")
+
+
+def test_an_exception_of_an_array_within_a_batch_passes_with_a_note() -> None:
+    with pytest.raises(OSError, match="disk gone") as caught:
+        list(Batches(iter([X, Lost()])))
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [
+            "Raised by batch 1 of `x`, counted from 0."
+        ]
+
+
 def test_an_exception_without_notes_passes_as_well() -> None:
     class OldError(Exception):
         """As exceptions are before Python 3.11."""
