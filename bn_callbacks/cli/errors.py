@@ -31,6 +31,7 @@ OPTIONS = {
     "batch_size": "--batch-size",
     "dropout": "--dropout",
     "layers": "--layers",
+    "prior": "--prior",
     "refine": "--refine",
     "steps": "--steps",
     "tolerance": "--tolerance",
