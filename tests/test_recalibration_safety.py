@@ -295,7 +295,7 @@ def with_an_empty_table() -> keras.Model:
 @pytest.mark.parametrize(
     ("build", "x", "reason"),
     [
-        (dense, np.array([["a"] * 6] * 8), "string"),
+        (dense, np.array([["a"] * 6] * 8), "string to float is not supported"),
         (with_an_empty_table, X, r"The lookup table is empty\. Fill it\."),
     ],
     ids=["strings", "an error of a layer"],
@@ -306,8 +306,8 @@ def test_an_error_without_a_wrong_shape_is_not_blamed_on_the_shape(
     net = build()
     message = (
         r"^The model fails on batch 0 of the data\. Received: inputs of shape "
-        r"\(\d+, 6\) for model '\w+'\. Check their type, and the model's own code\. "
-        rf"Keras says: .*{reason}"
+        r"\(\d+, 6\) for model '\w+'\. Check their structure and type, and the model's "
+        rf"own code\. Keras says: .*{reason}"
     )
     with unchanged(net), pytest.raises(ValueError, match=message):
         recalibrate(net, x, verbose=0)

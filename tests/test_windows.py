@@ -36,7 +36,7 @@ class Averages:
         return batches
 
     def close(self, steps):
-        self.windows.close(self.windows.read()[1], steps)
+        self.windows.close(self.windows.readings()[1], steps)
 
     def evidence(self, index=0):
         return self.windows.evidence(None, 0.2)[index]

@@ -383,7 +383,7 @@ def naming_batch(model: keras.Model, inputs: Any, index: int) -> Iterator[None]:
     except _ERRORS as error:
         wanted = _misfit(model, inputs)
         what = f"The model fails on batch {index} of the data."
-        do = "Check their type, and the model's own code."
+        do = "Check their structure and type, and the model's own code."
         if wanted:
             what = f"Batch {index} of the data does not fit the model."
             do = "Pass data as `fit` takes them, in batches."
@@ -401,11 +401,10 @@ def _misfit(model: keras.Model, inputs: Any) -> str:
     layout = input_layout(model)
     if layout is None:
         return ""
-    leaves = tf.nest.flatten(inputs)
-    if isinstance(inputs, dict) and set(layout.names) <= set(inputs):
-        leaves = [inputs[name] for name in layout.names]
-    is_like = isinstance(inputs, dict) or not layout.is_dict
-    if is_like and len(leaves) == len(layout.shapes):
+    leaves = [] if layout.is_dict else tf.nest.flatten(inputs)
+    if isinstance(inputs, dict):
+        leaves = [inputs[name] for name in layout.names if name in inputs]
+    if len(leaves) == len(layout.shapes):
         pairs = zip(leaves, layout.shapes, strict=True)
         if all(
             leaf is None or tf.TensorShape(shape).is_compatible_with(leaf.shape)

@@ -120,11 +120,7 @@ def corrected(
             # Caution protects healthy models, and this one is wrong.
             caution = 0.0
         new = rounded([bn], [one.statistics])[0]
-        if not _is_same(new, given[index]):
+        if any((a != b).any() for a, b in zip(new, given[index], strict=True)):
             given = [*given[:index], new, *given[index + 1 :]]
             measured = look()
     return Solution(given, measured, lags(layers, measured.moments, given)), found
-
-
-def _is_same(one: Statistics, other: Statistics) -> bool:
-    return all((a == b).all() for a, b in zip(one, other, strict=True))

@@ -10,7 +10,7 @@ so at the first BN layer all standard deviations have the same factor, whatever 
 kernel is; the means need not. One factor alone proves nothing: weights that have grown
 alike, variances divided by a constant and batches of constant inputs show it too. So a
 factor is only a reason to look further: data that are mapped back must agree with what
-*all* layers store (`measuring/mapped.py`), and with stale statistics they never do.
+*all* layers store (`measuring/rescaling.py`), and with stale statistics they never do.
 """
 
 import math

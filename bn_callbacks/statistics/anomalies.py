@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bn_callbacks.statistics.causes import LOW_PRECISION, NON_FINITE
 from bn_callbacks.statistics.moments import Statistics
@@ -92,7 +91,14 @@ def find_anomalies(
         ),
     )
     found = [
-        Anomaly(name, text.format(count=_count(where), **_ends(variance[where])))
+        Anomaly(
+            name,
+            text.format(
+                count=f"{where.sum()} of {where.size} channels",
+                low=variance[where].min(),
+                high=variance[where].max(),
+            ),
+        )
         for name, where, text in checks
         if where.any()
     ]
@@ -117,11 +123,3 @@ def find_anomalies(
             Anomaly(FROZEN, "`trainable=False`: training leaves them as they are.")
         )
     return tuple(found)
-
-
-def _count(where: NDArray[np.bool_]) -> str:
-    return f"{where.sum()} of {where.size} channels"
-
-
-def _ends(values: NDArray[np.float64]) -> dict[str, float]:
-    return {"low": float(values.min()), "high": float(values.max())}

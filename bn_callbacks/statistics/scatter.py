@@ -32,15 +32,12 @@ class Scatter:
     dominance: float
 
 
-def scatter(
-    batches: Statistics, epsilon: float, *, rounding: float = 0.0
-) -> Scatter | None:
+def scatter(batches: Statistics, epsilon: float) -> Scatter | None:
     """Measures how batches differ while the weights stay the same.
 
     Args:
         batches: The batches' statistics, of shape `(batches, channels)`.
         epsilon: The layer's epsilon.
-        rounding: Variance that rounding adds to a mean, in the same units.
 
     Returns:
         The scatter; None with fewer than 4 batches, or if they are not finite.
@@ -54,7 +51,7 @@ def scatter(
         return None
     unit = batches.variance.mean(axis=0) + epsilon
     return Scatter(
-        _less(batches.mean.var(axis=0, ddof=1) / unit, rounding),
+        float((batches.mean.var(axis=0, ddof=1) / unit).mean()),
         math.sqrt(float((batches.variance.var(axis=0, ddof=1) / unit**2).mean())),
         _dominance(batches.variance, batches.variance, epsilon),
     )
@@ -97,7 +94,7 @@ def scatter_of_runs(
         unit = run.variance.mean(axis=0) + epsilon
         found.append(
             (
-                _less(_noise(run.mean) / unit, rounding),
+                max(0.0, float((_noise(run.mean) / unit).mean()) - rounding),
                 math.sqrt(float((_noise(run.variance) / unit**2).mean())),
             )
         )
@@ -129,10 +126,6 @@ def _noise(points: np.ndarray) -> np.ndarray:
         for k in (1, 2)
     )
     return np.asarray(np.maximum(one - two / 2, 0.0))
-
-
-def _less(of_mean: np.ndarray, rounding: float) -> float:
-    return max(0.0, float(of_mean.mean()) - rounding)
 
 
 def _dominance(usual: np.ndarray, variances: np.ndarray, epsilon: float) -> float:

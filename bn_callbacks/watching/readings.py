@@ -13,7 +13,7 @@ Flat = NDArray[np.float64]
 """All averages of all layers, of shape `(replicas, values)`."""
 
 
-class Readings:
+class Readings(Reader):
     """Reads the averages of some layers, and keeps the last reading.
 
     Between two readings not only training may write them. This library counts its own
@@ -28,14 +28,9 @@ class Readings:
     """
 
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
-        self.layers = list(layers)
-        self._reader = Reader(model, layers)
-        self.now: Flat = self._reader()[1]
+        super().__init__(model, layers)
+        self.now: Flat = self()[1]
         self._versions = self.versions()
-
-    def read(self) -> tuple[int | None, Flat]:
-        """The optimizer's step counter (None without one) and all averages now."""
-        return self._reader()
 
     def versions(self) -> NDArray[np.int_]:
         """A number for each layer that changes when this library writes the layer."""
@@ -65,35 +60,25 @@ class Readings:
         """Reads and keeps; call it if no training step was made since the last reading.
 
         Returns:
-            As `read`; and for each layer, whether this library has written it, and
+            As a call; and for each layer, whether this library has written it, and
             whether somebody else has.
         """
         before = self.now
-        reading = self.read()
+        reading = self()
         is_own = self.keep(reading[1])
         return reading, is_own, ~self.is_same(before, self.now) & ~is_own
 
     def is_current(self) -> bool:
         """Whether the averages are still those of the last reading."""
-        return bool(self.is_same(self.now, self.read()[1]).all())
+        return bool(self.is_same(self.now, self()[1]).all())
 
     def is_same(self, one: Flat, other: Flat) -> NDArray[np.bool_]:
         """For each layer, whether two readings are equal; NaN equals NaN."""
-        return self._reader.all_per_layer(
-            (one == other) | (np.isnan(one) & np.isnan(other))
-        )
+        return self.all_per_layer((one == other) | (np.isnan(one) & np.isnan(other)))
 
     def choose(self, which: NDArray[np.bool_], one: Flat, other: Flat) -> Flat:
         """The averages of `one` for the chosen layers, of `other` for the rest."""
-        return np.where(self._reader.spread(which), one, other)
-
-    def columns(self, which: Sequence[bool]) -> NDArray[np.bool_]:
-        """Which values belong to the chosen layers."""
-        return self._reader.spread(which)
-
-    def averages(self, flat: Flat, index: int) -> NDArray[np.float64]:
-        """One layer's two averages, of shape `(rows, 2, channels)`."""
-        return self._reader.averages(flat, index)
+        return np.where(self.spread(which), one, other)
 
     def statistics(self, flat: Flat, index: int) -> list[Statistics]:
         """One layer's mean and variance on each replica."""

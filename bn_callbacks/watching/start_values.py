@@ -48,15 +48,14 @@ class StartValues:
             initial = [part for bn in layers for part in _initial(bn)]
             start = np.concatenate([*initial, np.zeros(0)])
             self._start = np.tile(start, (len(self._readings.now), 1))
-        elif before is not None and before._is_of(layers):
+        elif before is not None and [bn.layer for bn in before.layers] == [
+            bn.layer for bn in layers
+        ]:
             goes_on = self._readings.is_same(before._readings.now, self._readings.now)
             self._weights = np.where(goes_on, before._weights, 1.0)
             self._start = self._readings.choose(
                 goes_on, before._start, self._readings.now
             )
-
-    def _is_of(self, layers: Sequence[BatchNormLayer]) -> bool:
-        return [bn.layer for bn in self.layers] == [bn.layer for bn in layers]
 
     @property
     def is_known(self) -> bool:
@@ -65,7 +64,7 @@ class StartValues:
 
     def read(self) -> tuple[int | None, Flat]:
         """The optimizer's step counter (None without one) and all averages."""
-        reading = self._readings.read()
+        reading = self._readings()
         self._drop(self._readings.keep(reading[1]))
         return reading
 
@@ -130,7 +129,7 @@ class StartValues:
                 values.append(Statistics(mean, np.maximum(variance, 0)))
                 is_chosen[index] = True
         assign(chosen, values, in_training=False)
-        self._readings.keep(self._readings.read()[1])
+        self._readings.keep(self._readings()[1])
         self._start = self._readings.choose(is_chosen, self._readings.now, self._start)
 
 

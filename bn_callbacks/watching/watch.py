@@ -250,14 +250,14 @@ class BatchNormWatch:
         # All workers must read at the same steps, though only one writes charts.
         is_shown = self.every is not None and done - self._shown_at >= self.every
         if is_shown or done >= self._due_at or self._is_single(done):
-            reading = self._windows.read()
+            reading = self._windows.readings()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
             self._read_at = done
             if is_shown or done >= self._due_at:
                 self._due_at = done + self.interval
         elif self._counter.needs_reading:
-            self._counter.observe(*self._windows.read())
+            self._counter.observe(*self._windows.readings())
         if is_shown:
             self._shown_at = done
         return is_shown
@@ -302,7 +302,9 @@ class BatchNormWatch:
             self._last = self._read_last(self._windows)
 
     def _read_last(self, windows: Windows) -> _LastReading:
-        return _LastReading(windows.read(), windows.versions(), self._fingerprint())
+        return _LastReading(
+            windows.readings(), windows.readings.versions(), self._fingerprint()
+        )
 
     def end_steps(self) -> None:
         """Ends the steps of an epoch, before others validate or write."""
@@ -356,7 +358,7 @@ class BatchNormWatch:
         """
         if self._windows is None or self.report is None:
             return None
-        if not self._windows.is_current():
+        if not self._windows.readings.is_current():
             self._look_outside()
             if not self._windows.is_touched:
                 return None

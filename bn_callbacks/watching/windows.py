@@ -68,7 +68,7 @@ class _Window:
             if momentum < 1 and calls:
                 alike: Any = slice(None)
                 if len(kinds) > 1:
-                    alike = self.readings.columns([each == kind for each in self.kinds])
+                    alike = self.readings.spread([each == kind for each in self.kinds])
                 found[:, alike] = window_statistic(
                     self.old[:, alike], self.new[:, alike], momentum, self.steps * calls
                 )
@@ -93,6 +93,7 @@ class Windows:
             that the result does not depend on how often one reads.
 
     Attributes:
+        readings: Reads the averages.
         is_written: For each layer, whether its averages were written without a training
             step since the last `reread`.
     """
@@ -102,7 +103,7 @@ class Windows:
     ) -> None:
         self.layers = list(layers)
         self._length = length
-        self._readings = Readings(model, layers)
+        self.readings = Readings(model, layers)
         self._kept: deque[_Window] = deque(maxlen=KEPT_WINDOWS)
         self._runs: deque[list[Flat]] = deque(maxlen=KEPT_RUNS)
         self._steps = np.zeros(len(layers), int)
@@ -114,7 +115,7 @@ class Windows:
         # Written by others without a training step, while the weights stayed the same.
         self.is_written = np.zeros(len(layers), bool)
         self._is_touched = np.zeros(len(layers), bool)
-        self._start = self._readings.now
+        self._start = self.readings.now
         self._epoch = 0
         self._epochs = (self._series([]), self._series([]))
         self._pinned = pinned_in_graph(model)
@@ -128,9 +129,9 @@ class Windows:
         """Reads as an epoch begins: what has changed since is no work of training.
 
         Returns:
-            As `read`.
+            The optimizer's step counter (None without one), and all averages.
         """
-        reading, is_own, is_foreign = self._readings.reread()
+        reading, is_own, is_foreign = self.readings.reread()
         self._restart(is_own | is_foreign)
         self._begin_run(reading[1])
         self._is_touched[:] = self.is_written[:] = False
@@ -146,7 +147,7 @@ class Windows:
         Args:
             are_weights_same: Whether the weights are those after that step.
         """
-        _, is_own, is_foreign = self._readings.reread()
+        _, is_own, is_foreign = self.readings.reread()
         self._restart(is_own | is_foreign)
         self.is_written |= is_own | is_foreign
         if are_weights_same:
@@ -166,22 +167,10 @@ class Windows:
         pairs = zip(self.layers, self._has_moved, strict=True)
         return [bn for bn, has_moved in pairs if bn.trainable or has_moved]
 
-    def is_current(self) -> bool:
-        """Whether the averages are still those of the last reading."""
-        return self._readings.is_current()
-
-    def read(self) -> tuple[int | None, Flat]:
-        """The optimizer's step counter and all averages now, for `close`."""
-        return self._readings.read()
-
     @property
     def is_touched(self) -> bool:
         """Whether others have written averages since the last step, but no weights."""
         return bool(self._is_touched.any())
-
-    def versions(self) -> NDArray[np.int_]:
-        """Numbers that change when this library writes a layer, for `close`."""
-        return self._readings.versions()
 
     def close(
         self, now: Flat, steps: int | None, versions: NDArray[np.int_] | None = None
@@ -189,16 +178,16 @@ class Windows:
         """Ends a window.
 
         Args:
-            now: The averages, as `read` gives them.
+            now: The averages, as `readings` gives them.
             steps: Training steps since the reading before. None if unknown, which drops
                 the window. Negative if the data had ended before that reading, so that
                 its window was shorter than assumed.
-            versions: The `versions` when `now` was read; by default the present ones.
+            versions: The `versions` of `readings` then; by default the present ones.
         """
         if steps == 0:
             return
-        before = self._readings.now
-        is_valid = ~self._readings.keep(now, versions)
+        before = self.readings.now
+        is_valid = ~self.readings.keep(now, versions)
         if steps is None:
             is_valid[:] = False
         else:
@@ -206,15 +195,13 @@ class Windows:
             self._steps += steps
             calls = np.array([each.updates or 0 for each in self._calls])
             self._updates += steps * calls
-            self._has_moved |= ~self._readings.is_same(before, now)
+            self._has_moved |= ~self.readings.is_same(before, now)
             kinds = [
                 (bn.momentum, count)
                 for bn, count in zip(self.layers, calls.tolist(), strict=True)
             ]
             self._keep(
-                _Window(
-                    self._readings, before, now, steps, is_valid, kinds, self._epoch
-                )
+                _Window(self.readings, before, now, steps, is_valid, kinds, self._epoch)
             )
         self._restart(~is_valid)
 
@@ -244,7 +231,7 @@ class Windows:
     def _restart(self, which: NDArray[np.bool_]) -> None:
         """Counts from 0 again for layers that others have written."""
         if which.any():
-            self._start = self._readings.choose(which, self._readings.now, self._start)
+            self._start = self.readings.choose(which, self.readings.now, self._start)
             self._updates[which] = self._steps[which] = 0
             self._has_moved[which] = False
             self._runs.clear()
@@ -265,7 +252,7 @@ class Windows:
         threshold: float,
     ) -> Evidence:
         bn, calls = self.layers[index], self._calls[index]
-        moving = self._part(self._readings.now, index)
+        moving = self._part(self.readings.now, index)
         is_counted = calls.updates is not None and not self._is_miscounted[index]
         known: dict[str, Any] = {}
         if is_counted:
@@ -314,8 +301,8 @@ class Windows:
             "window_updates": steps * count if times else None,
             "window_share": window_noise(bn.momentum, steps * count) if times else None,
             "scatter": self._scatter(index, batch),
-            "replicas": self._readings.statistics(self._readings.now, index)
-            if len(self._readings.now) > 1 and times >= MIN_WINDOWS
+            "replicas": self.readings.statistics(self.readings.now, index)
+            if len(self.readings.now) > 1 and times >= MIN_WINDOWS
             else [],
             "recurrence": recurrence(before, after, bn.epsilon)
             if bn.momentum < 1
@@ -337,10 +324,10 @@ class Windows:
         runs = []
         for run in self._runs:
             flat = np.concatenate([each[:1] for each in run])
-            averages = self._readings.averages(flat, index)
+            averages = self.readings.averages(flat, index)
             batches = window_statistic(averages[:-1], averages[1:], bn.momentum, count)
             runs.append(bn.statistics(batches.swapaxes(0, 1)))
-        moving = self._part(self._readings.now, index)
+        moving = self._part(self.readings.now, index)
         rounding = rounding_of(moving, bn.epsilon, bn.momentum**count)
         return scatter_of_runs(runs, bn.epsilon, rounding=rounding, window=window)
 
@@ -370,7 +357,7 @@ class Windows:
     def _batch(self, old: Flat, new: Flat, steps: int, index: int) -> Statistics:
         """Batch statistics of a window, pooled over all replicas."""
         bn, count = self.layers[index], self._calls[index].updates or 0
-        before, after = (self._readings.averages(flat, index) for flat in (old, new))
+        before, after = (self.readings.averages(flat, index) for flat in (old, new))
         batches = window_statistic(before, after, bn.momentum, steps * count)
         return pool_replicas([bn.statistics(each) for each in batches])
 
@@ -382,17 +369,17 @@ class Windows:
                 -1, len(self.layers)
             ),
             np.concatenate(
-                [self._readings.now[:0], *(each.batches[:1] for each in windows)]
+                [self.readings.now[:0], *(each.batches[:1] for each in windows)]
             ),
         )
 
     def _batches(self, series: _Series, index: int, steps: int) -> Statistics:
         """Batch statistics of a layer in its valid windows of so many steps."""
         chosen = series.is_valid[:, index] & (series.steps == steps)
-        averages = self._readings.averages(series.batches, index)
+        averages = self.readings.averages(series.batches, index)
         if not chosen.all():  # Copies only if needed.
             averages = averages[chosen]
         return self.layers[index].statistics(averages.swapaxes(0, 1))
 
     def _part(self, flat: Flat, index: int) -> Statistics:
-        return self._readings.statistics(flat, index)[0]
+        return self.readings.statistics(flat, index)[0]

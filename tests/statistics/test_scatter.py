@@ -75,9 +75,10 @@ def test_too_few_batches_and_wild_ones_say_nothing():
 
 def test_rounding_is_taken_off():
     means = np.array([0.0, 2.0, 0.0, 2.0])[:, None]
-    plain = scatter(batches(means), 0.0).mean
-    assert scatter(batches(means), 0.0, rounding=1.0).mean == pytest.approx(plain - 1)
-    assert scatter(batches(means), 0.0, rounding=9.0).mean == 0
+    plain = scatter_of_runs([batches(means)], 0.0).mean
+    less = scatter_of_runs([batches(means)], 0.0, rounding=1.0).mean
+    assert less == pytest.approx(plain - 1)
+    assert scatter_of_runs([batches(means)], 0.0, rounding=9.0).mean == 0
     far = Statistics(np.full(3, 1e4), np.ones(3))
     error = 2.0**-24 * 1e4 / 0.01
     assert rounding_of(far, 0.0, 0.99) == pytest.approx(4 * error**2)
