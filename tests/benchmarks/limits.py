@@ -42,7 +42,7 @@ from bn_callbacks.statistics import affine, diagnosis, evidence, losses  # noqa:
 from bn_callbacks.statistics.evidence import Evidence, Measured, measure  # noqa: E402
 from bn_callbacks.statistics.moments import Statistics  # noqa: E402
 from bn_callbacks.statistics.moving_average import window_noise  # noqa: E402
-from bn_callbacks.watching import findings  # noqa: E402
+from bn_callbacks.watching import warning_filter  # noqa: E402
 
 
 class Seen(NamedTuple):
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 
     @property
     def losses(self) -> losses.Losses:
-        return self.watch._reading.losses
+        return self.watch._probe_result.losses
 
 
 @functools.cache
@@ -298,7 +298,7 @@ LIMITS = (
         (largest(corrected), ("memory_longer_than_progress",)),
     ),
     limit(
-        findings,
+        warning_filter,
         "CLEAR",
         "I/R at the end of a training",
         ratio("inference", "recalibrated"),

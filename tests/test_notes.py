@@ -6,7 +6,7 @@ import pytest
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm
 from bn_callbacks.layers import calls_of, find
-from bn_callbacks.watching.clues import find_clues
+from bn_callbacks.watching.notes import find_notes
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
@@ -17,7 +17,7 @@ def clues(model, total_steps=10_000, is_recalibrated=False, **compiled):
     model.compile(**{"optimizer": "sgd", "loss": "mse", **compiled})
     found = find(model)
     return " ".join(
-        find_clues(
+        find_notes(
             model,
             found,
             total_steps=total_steps,
@@ -73,7 +73,7 @@ def test_trainable_changed_after_compile_is_seen():
         pytest.skip("this Keras does not remember what was compiled")
     model.layers[0].trainable = False
     found = find(model)
-    text = find_clues(
+    text = find_notes(
         model,
         found,
         total_steps=None,
