@@ -18,8 +18,8 @@ BATCH = 32
 PAGE = """\
 The first `recalibrate` of a model in a process traces it once, a second one does not:
 the difference of the two, in CPU time, over the first call of an inference function,
-which is its trace and one batch of {batch}. *ResNet50-128* has 4 batches. The limit that
-we set ourselves is 1.25.
+which is its trace and one batch of {batch}. *ResNet50-128* has 4 batches. The limit
+that we set ourselves is 1.25.
 
 {table}
 """
