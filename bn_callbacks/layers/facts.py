@@ -51,11 +51,6 @@ def team_of(model: keras.Model) -> Team:
     return Team(strategy(model))
 
 
-def replicas(model: keras.Model) -> int:
-    """Number of replicas that the model is trained on."""
-    return int(getattr(strategy(model), "num_replicas_in_sync", 1))
-
-
 def has_own_train_step(model: keras.Model) -> bool:
     """Whether the model has a `train_step` of its own."""
     return type(model).train_step is not keras.Model.train_step

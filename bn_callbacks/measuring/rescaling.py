@@ -103,7 +103,7 @@ def input_map(
         The map; None if there is none, or no proof.
     """
     entry, is_candidate = population.entry, False
-    if entry in given and is_array(batches.peek()) and is_finite(stored):
+    if entry in given and _is_array(batches.peek()) and is_finite(stored):
         index = population.layers.index(entry)
         moving, epsilon = stored[index], entry.epsilon
         ratio = ratio_of(given[entry], moving, epsilon)
@@ -157,7 +157,7 @@ def _is_start_known(model: keras.Model, bn: BatchNormLayer) -> bool:
     return bool(steps_made(model) and calls.updates and bn.trainable)
 
 
-def is_array(batch: Batch) -> bool:
+def _is_array(batch: Batch) -> bool:
     """Whether a batch has one input, of numbers."""
     leaves = tf.nest.flatten(batch[0])
     return len(leaves) == 1 and tf.is_tensor(leaves[0]) and leaves[0].dtype.is_numeric

@@ -2,7 +2,7 @@
 
 import keras
 
-from bn_callbacks.layers import BatchNormLayer, LossMetric, replicas
+from bn_callbacks.layers import BatchNormLayer, LossMetric, team_of
 
 STEADY = 0.3
 """Relative difference allowed between mean batch sizes in a part and in all of an
@@ -26,7 +26,7 @@ class BatchSizeObserver:
 
     def __init__(self, model: keras.Model) -> None:
         self._loss = LossMetric(model)
-        self._replicas = replicas(model)
+        self._replicas = team_of(model).size
         self._begin: float | None = None
         self._last = 0.0
         self._steps = 0

@@ -10,8 +10,8 @@ from bn_callbacks.layers import (
     is_trainable_stale,
     own_call,
     pinned_in_graph,
-    replicas,
     takes_training,
+    team_of,
     uses_ema,
 )
 from bn_callbacks.statistics.moving_average import (
@@ -43,7 +43,7 @@ def find_notes(
     Returns:
         A sentence for each fact.
     """
-    pinned = pinned_in_graph(model)
+    pinned, has_replicas = pinned_in_graph(model), team_of(model).size > 1
     updating = [bn for bn in layers if bn.trainable]
     counts = {bn: each.updates for bn, each in zip(layers, calls, strict=True)}
     slow = [
@@ -100,7 +100,7 @@ def find_notes(
             "which the statistics do not belong: recalibrate",
         ),
         (
-            [bn for bn in updating if replicas(model) > 1 and not bn.synchronized],
+            [bn for bn in updating if not bn.synchronized] if has_replicas else [],
             "without `synchronized=True` each replica keeps statistics of its own",
         ),
     ]
