@@ -340,9 +340,7 @@ def test_an_exception_of_an_array_within_a_batch_passes_with_a_note() -> None:
     with pytest.raises(OSError, match="disk gone") as caught:
         list(Batches(iter([X, Lost()])))
     if sys.version_info >= (3, 11):
-        assert caught.value.__notes__ == [
-            "Raised by batch 1 of `x`, counted from 0."
-        ]
+        assert caught.value.__notes__ == ["Raised by batch 1 of `x`, counted from 0."]
 
 
 def test_an_exception_without_notes_passes_as_well() -> None:

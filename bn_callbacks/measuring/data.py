@@ -27,8 +27,6 @@ BATCH_SIZE = 32
 
 Batch = tuple[Any, Any, Any]
 
-_END = object()
-
 
 class Source(abc.ABC):
     """What a pass reads: batches, which may be joined or divided batches of data."""
@@ -192,10 +190,13 @@ class Batches(Source):
             source = map(self._source.__getitem__, self._order)
         yield from list(self._kept)
         for index in itertools.count(len(self._kept)):
-            with _said_of(self._place(index)):
-                item = next(source, _END)
-            if item is _END:
+            try:
+                item = next(source)
+            except StopIteration:
                 return
+            except Exception as error:
+                _note(error, self._place(index))
+                raise
             yield item
 
 
@@ -232,15 +233,10 @@ class FirstBatches(Source):
         return self.batches.number(index)
 
 
-@contextlib.contextmanager
-def _said_of(index: int) -> Iterator[None]:
-    """Notes the number of a batch on any error that the user's own data raise."""
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
-        raise
+def _note(error: Exception, index: int) -> None:
+    """Adds the number of the batch to an error that the user's own data raise."""
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
 
 
 def _ran_out(size: int, steps: int) -> str:
@@ -312,17 +308,19 @@ def _to_tensors(item: Any, index: int) -> Batch:
         parts = keras.utils.unpack_x_y_sample_weight(item)
         if not any(leaf is not None for leaf in tf.nest.flatten(parts[0])):
             raise ValueError("There are no inputs in it.")
-        with _said_of(index):
-            return tuple(  # type: ignore[return-value]
-                None if part is None else tf.nest.map_structure(_to_tensor, part)
-                for part in parts
-            )
+        return tuple(  # type: ignore[return-value]
+            None if part is None else tf.nest.map_structure(_to_tensor, part)
+            for part in parts
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"Batch {index} of the data has no form that a model takes. Received: "
             f"{_describe(item)}. Give batches of x, (x, y) or (x, y, sample_weight), "
             "each an array or a structure of arrays."
         ) from error
+    except Exception as error:
+        _note(error, index)
+        raise
 
 
 def _to_tensor(leaf: Any) -> Any:

@@ -213,7 +213,8 @@ def judge(act: Callable[[], Any], *, must_fail: bool = True) -> None:
             note(text)
         where = f"{text}\nraised in {last.filename}:{last.lineno} ({last.line})"
         if last.filename == __file__ and any(
-            said.startswith("Raised by batch") for said in getattr(error, "__notes__", [])
+            said.startswith("Raised by batch")
+            for said in getattr(error, "__notes__", [])
         ):
             return
         assert last.filename.startswith(PACKAGE), f"not an error of ours: {where}"
