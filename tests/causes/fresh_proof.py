@@ -1,4 +1,4 @@
-"""Prints for each fresh case whether it is what it says, by training it otherwise.
+"""Prints for each case of the fresh and the second set whether it is what it says, by training it otherwise.
 
 python tests/causes/fresh_proof.py [a part of a name or a cause]
 """
@@ -17,12 +17,12 @@ from cluster import add_devices
 
 add_devices()
 
-import fresh_averages  # noqa: E402, F401
 from fresh_kit import PROOFS, prove  # noqa: E402
 
-for name in ("batches", "modes", "healthy"):
-    if (Path(__file__).parent / f"fresh_{name}.py").exists():
-        __import__(f"fresh_{name}")
+for part in ("averages", "batches", "modes", "healthy"):
+    for set_ in ("fresh", "second"):
+        if (Path(__file__).parent / f"{set_}_{part}.py").exists():
+            __import__(f"{set_}_{part}")
 
 wanted = sys.argv[1:] or [""]
 for proof in PROOFS:
