@@ -1,4 +1,4 @@
-"""Prints for each case of the fresh and the second set whether it is what it says, by training it otherwise.
+"""Prints for each unseen case whether it is what it says, by training it otherwise.
 
 python tests/causes/fresh_proof.py [a part of a name or a cause]
 """

@@ -70,7 +70,7 @@ def steps_executed_ten_at_a_time(momentum: float = 0.99) -> Trial:
 
 
 def bags(rows: int, seed: int) -> tuple[Any, Any]:
-    """Sets of eight coloured balls, all of them heavy; how far apart two colours are."""
+    """Sets of eight heavy balls, and how far apart two of their sides are."""
     draw = rng(seed)
     x = draw.normal(size=(rows, 8, 5))
     y = x[..., :2].max(1) - x[..., 2:4].min(1)
@@ -221,7 +221,7 @@ def kernels_clipped_after_each_epoch(limit: float = 0.12) -> Trial:
 
 
 class Sharpness(keras.Model):
-    """Sharpness-aware minimisation; both passes leave no trace, by a stateless scope."""
+    """Sharpness-aware minimisation, whose passes are to leave no trace."""
 
     stateless = True
 
@@ -286,7 +286,7 @@ def air_pressure_in_half_precision(kind: str = "float16", epochs: int = 6) -> Tr
     y = np.tanh(z[:, :1] + z[:, 1:2]) + 0.5 * wind[:, :1] * z[:, 2:3]
     pressure, y = (1013 + 8 * z).astype("float32"), y.astype("float32")
     inputs = [keras.Input((5,)), keras.Input((3,))]
-    one = BN(momentum=0.99, dtype=kind)(inputs[0])
+    one = BN(momentum=0.985, dtype=kind)(inputs[0])
     one = layers.Dense(24, "tanh")(one)
     other = layers.Dense(8, "tanh")(inputs[1])
     z = layers.Dense(24, "relu")(layers.Concatenate()([one, other]))

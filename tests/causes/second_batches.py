@@ -42,7 +42,7 @@ def two_at_a_time_and_accumulated(
     momentum: float = 0.95,
     epochs: int = 3,
 ) -> Trial:
-    # "Micro-batches of two, gradients of eight of them: the same as sixteen."
+    # Somebody holds two rows and gradients of eight steps for the same as sixteen.
     x, y = flats(960, seed=231)
     model = dense(6, 1, lambda: BN(momentum=momentum))
     optimizer = keras.optimizers.Adam(
