@@ -39,7 +39,7 @@ def loss_at_a_tap_of_a_function(told: bool = False) -> Trial:
     # A Function runs the layers without `training`.
     x, y = vibrations(960, seed=251)
     inputs = keras.Input((6, 16))
-    z = layers.Flatten()(inputs / 8 - 5)
+    z = layers.Flatten()(inputs - 40)
     z = layers.ReLU()(BN()(layers.Dense(32)(z)))
     early = layers.Dense(3)(z)
     z = layers.ReLU()(BN()(layers.Dense(32)(z)))
