@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from fresh_kit import Fresh, Trial
 from kit import compiled, crossentropy, fitter, rng
-from second_averages import bags, orbits, rods, tones, vibrations
+from second_averages import bags, orbits, rods, vibrations
 from second_batches import dense, flats
 
 layers = keras.layers
@@ -182,6 +182,18 @@ def labels_wrong_in_a_third() -> Trial:
     compiled(model, keras.optimizers.SGD(0.02, momentum=0.9), crossentropy())
     fit = fitter(model, x, y, epochs=5, batch_size=16)
     return Trial(model, fit, (x[:320], y[:320]), 16, held_out=orbits(320, seed=288))
+
+
+def tones(rows: int, seed: int) -> tuple[Any, Any]:
+    """Noisy tones on grounds of their own, and the same without the noise."""
+    draw = rng(seed)
+    time = np.arange(24)
+    phase, pitch = draw.uniform(0, 6, (rows, 1)), draw.uniform(0.3, 0.9, (rows, 1))
+    ground = 2 * draw.normal(size=(rows, 1))
+    tone = np.sin(pitch * time + phase)
+    x = tone + ground + 0.4 * draw.normal(size=(rows, 24))
+    y = tone + ground
+    return x[..., None].astype("float32"), y[..., None].astype("float32")
 
 
 class Distils(keras.Model):
