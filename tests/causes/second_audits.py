@@ -87,7 +87,7 @@ def powers_instead_of_decibels() -> Given:
     draw = rng(303)
     y = draw.integers(3, size=1600).astype("int32")
     x = -30 + 6 * draw.normal(size=(1600, 10))
-    x[:, :3] += 8 * np.eye(3)[y]
+    x[:, :3] += 18 * np.eye(3)[y]
     x = x.astype("float32")
     inputs = keras.Input((10,))
     z = layers.Dense(24, "relu")(BN(momentum=0.9)(inputs))
