@@ -62,7 +62,7 @@ def neighbours(
     epsilon: float,
     *,
     rounding: float = 0.0,
-    window: Statistics | None = None,
+    windows: Statistics | None = None,
 ) -> Scatter | None:
     """How batches of successive training steps differ, apart from drift.
 
@@ -76,8 +76,8 @@ def neighbours(
             `(steps, channels)`.
         epsilon: The layer's epsilon.
         rounding: Variance of a mean that rounding makes, in the same units.
-        window: Statistics of many steps together, which a rare batch of huge variance
-            dominates, though no run may have met one.
+        windows: Statistics of windows of many steps, of shape `(windows, channels)`: a
+            rare batch of huge variance dominates one, though no run may have met it.
 
     Returns:
         The scatter, the median over the runs; None without runs of 4 steps.
@@ -101,7 +101,7 @@ def neighbours(
         last = run.variance
     if not found:
         return None
-    all_of_it = last if window is None else np.vstack([last, window.variance])
+    all_of_it = last if windows is None else np.vstack([last, windows.variance])
     return Scatter(
         float(np.median([mean for mean, _ in found])),
         float(np.median([variation for _, variation in found])),

@@ -62,7 +62,7 @@ def test_a_window_that_no_run_explains_is_dominated_by_a_few():
     run = batches(np.zeros((8, 2)))
     assert neighbours([run], 0.0).dominance == 1
     window = Statistics(np.zeros(2), np.array([1.0, 90.0]))
-    assert neighbours([run], 0.0, window=window).dominance == 90
+    assert neighbours([run], 0.0, windows=window).dominance == 90
 
 
 def test_too_few_batches_and_wild_ones_say_nothing():
