@@ -343,6 +343,22 @@ def test_an_exception_of_an_array_within_a_batch_passes_with_a_note() -> None:
         assert caught.value.__notes__ == ["Raised by batch 1 of `x`, counted from 0."]
 
 
+@pytest.mark.parametrize("kind", ["arrays", "PyDataset"])
+def test_mixed_data_are_read_to_their_end_again_and_again(kind: str) -> None:
+    class Two(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return X[2 * index : 2 * index + 2]
+
+    batches = Batches(X[:4], batch_size=2) if kind == "arrays" else Batches(Two())
+    batches.mix()
+    for _ in range(2):
+        found = np.concatenate([batch[0] for batch in batches])
+        np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(X[:4], axis=0))
+
+
 def test_an_exception_without_notes_passes_as_well() -> None:
     class OldError(Exception):
         """As exceptions are before Python 3.11."""

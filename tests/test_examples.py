@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from extras import needed
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs/examples"
@@ -155,6 +156,24 @@ def test_federated(tmp_path):
     assert merged[1] < averaged[1] / 2
     figures = numbers(on_page("federated.py"))
     assert [*averaged[:2], *merged[:2]] == pytest.approx(figures, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
+def test_beam(mode, tmp_path):
+    needed("apache_beam", "hosts")
+    options = "--direct_running_mode", mode
+    printed = run(EXAMPLES / "beam.py", *options, directory=tmp_path)
+    trained, rounds, together = (
+        after(printed, f"{name}: validation loss ")
+        for name in ("as trained      ", "two rounds      ", "all in one place")
+    )
+    assert rounds == pytest.approx(together, rel=0.01)
+    (off,) = re.findall(r"^variances differ by (.*) at most$", printed, re.MULTILINE)
+    assert float(off) < 1e-3
+    assert "1280 pictures. The last round has moved the statistics by" in printed
+    figures = numbers(on_page("beam.py"))
+    assert [*trained, *rounds] == pytest.approx(figures, rel=0.1)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Says what to do about each cause, in a sentence or two."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,14 +87,23 @@ def _warming_up(seen: Evidence, measured: Measured, momentum: float | None) -> s
         )
     weight = start_weight(seen.momentum, seen.updates)
     needed = updates_to_forget(seen.momentum, FORGOTTEN)
-    set_momentum = "" if momentum is None else f", or set momentum={momentum:.3g}"
+    ways = [f"Recalibrate before export {recalibrate}"]
+    if measured.rest_part <= seen.threshold:
+        # It takes out the start, and leaves what else puts the averages off.
+        ways.append("debias for free (`DebiasBatchNorm`)")
+    if momentum is not None:
+        ways.append(f"set momentum={momentum:.3g}")
     return (
         f"{weight:.2g} of the start values is still in the moving statistics, which "
         f"puts them off by {measured.start_part:.2g} standard deviations: momentum "
         f"{seen.momentum:g} has had {seen.updates} updates, and needs {needed} to "
-        f"forget 95 % of a start. Recalibrate before export {recalibrate}, debias for "
-        f"free (`DebiasBatchNorm`){set_momentum}."
+        f"forget 95 % of a start. {_or(ways)}."
     )
+
+
+def _or(ways: Sequence[str]) -> str:
+    """Ways to choose from, the first of which begins a sentence."""
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]]) if ways[1:] else ways[0]
 
 
 def _drifting(seen: Evidence, measured: Measured, momentum: float | None) -> str:

@@ -62,7 +62,7 @@ def scatter_of_runs(
     epsilon: float,
     *,
     rounding: float = 0.0,
-    window: Statistics | None = None,
+    windows: Statistics | None = None,
 ) -> Scatter | None:
     """Measures how batches of successive training steps differ, apart from drift.
 
@@ -76,8 +76,9 @@ def scatter_of_runs(
             `(steps, channels)`.
         epsilon: The layer's epsilon.
         rounding: Variance that rounding adds to a mean, in the same units.
-        window: Statistics of many steps together. A rare batch of huge variance shows
-            in them, even if no run contains it.
+        windows: Statistics of windows of many steps, of shape `(windows, channels)`. A
+            rare batch of huge variance shows in one of them, even if no run contains
+            it.
 
     Returns:
         The scatter, the median over the runs; None without runs of 4 steps.
@@ -101,7 +102,7 @@ def scatter_of_runs(
         last = run.variance
     if not found:
         return None
-    all_of_it = last if window is None else np.vstack([last, window.variance])
+    all_of_it = last if windows is None else np.vstack([last, windows.variance])
     return Scatter(
         float(np.median([mean for mean, _ in found])),
         float(np.median([variation for _, variation in found])),

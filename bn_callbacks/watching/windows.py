@@ -106,9 +106,13 @@ class Windows:
         self.readings = Readings(model, layers)
         self._kept: deque[_Window] = deque(maxlen=KEPT_WINDOWS)
         self._runs: deque[list[Flat]] = deque(maxlen=KEPT_RUNS)
+        # The epoch of the last run, and what it has shown beside that epoch's windows.
+        self._run_epoch = 0
+        self._dominance: dict[int, float] = {}
         self._steps = np.zeros(len(layers), int)
         self._updates = np.zeros(len(layers), int)
         self._has_moved = np.zeros(len(layers), bool)
+        self._is_trainable = self._trainable()
         self._calls = [Calls(bn.calls) for bn in layers]
         # Layers whose updates are miscounted, as a negative variance has proven.
         self._is_miscounted = np.zeros(len(layers), bool)
@@ -167,6 +171,9 @@ class Windows:
         pairs = zip(self.layers, self._has_moved, strict=True)
         return [bn for bn, has_moved in pairs if bn.trainable or has_moved]
 
+    def _trainable(self) -> NDArray[np.bool_]:
+        return np.array([bn.trainable for bn in self.layers], bool)
+
     @property
     def is_touched(self) -> bool:
         """Whether others have written averages since the last step, but no weights."""
@@ -187,6 +194,9 @@ class Windows:
         if steps == 0:
             return
         before = self.readings.now
+        # A layer that is frozen in the middle of training has that much to keep.
+        was_trainable, self._is_trainable = self._is_trainable, self._trainable()
+        self._restart(was_trainable & ~self._is_trainable)
         is_valid = ~self.readings.keep(now, versions)
         if steps is None:
             is_valid[:] = False
@@ -210,6 +220,8 @@ class Windows:
         last = self._runs[-1] if self._runs else [None]
         if steps == 1 and last[-1] is before and len(last) <= RUN:
             self._runs[-1].append(now)
+            if len(self._runs[-1]) > MIN_WINDOWS:
+                self._run_epoch = self._epoch
         else:
             self._begin_run(now)
 
@@ -239,8 +251,11 @@ class Windows:
     def evidence(self, total_steps: int | None, threshold: float) -> list[Evidence]:
         """Collects what the readings say of each layer."""
         kept = self._series(self._kept)
+        last = [w for w in self._kept if w.epoch == self._kept[-1].epoch]
+        is_new = bool(last) and last[-1].epoch == self._run_epoch
+        beside = self._series(last if is_new else [])
         return [
-            self._evidence(index, kept, total_steps, threshold)
+            self._evidence(index, kept, beside, total_steps, threshold)
             for index in range(len(self.layers))
         ]
 
@@ -248,6 +263,7 @@ class Windows:
         self,
         index: int,
         kept: _Series,
+        beside: _Series,
         total_steps: int | None,
         threshold: float,
     ) -> Evidence:
@@ -256,7 +272,7 @@ class Windows:
         is_counted = calls.updates is not None and not self._is_miscounted[index]
         known: dict[str, Any] = {}
         if is_counted:
-            known = self._of_windows(index, kept, total_steps)
+            known = self._of_windows(index, kept, beside, total_steps)
         updates = int(self._updates[index])
         is_still = self._steps[index] > 0 and not self._has_moved[index]
         return evidence_of(
@@ -276,7 +292,7 @@ class Windows:
         )
 
     def _of_windows(
-        self, index: int, kept: _Series, total_steps: int | None
+        self, index: int, kept: _Series, beside: _Series, total_steps: int | None
     ) -> dict[str, Any]:
         """Collects what the windows say of a layer whose updates are counted."""
         bn, count = self.layers[index], self._calls[index].updates or 0
@@ -300,7 +316,7 @@ class Windows:
             "windows": self._batches(kept, index, steps) if times else None,
             "window_updates": steps * count if times else None,
             "window_share": window_noise(bn.momentum, steps * count) if times else None,
-            "scatter": self._scatter(index, batch),
+            "scatter": self._scatter(index, beside),
             "replicas": self.readings.statistics(self.readings.now, index)
             if len(self.readings.now) > 1 and times >= MIN_WINDOWS
             else [],
@@ -316,8 +332,15 @@ class Windows:
             batch.variance, *(each.variance for each in made_of)
         )
 
-    def _scatter(self, index: int, window: Statistics | None) -> Scatter | None:
-        """How the batches of successive single steps differ."""
+    def _scatter(self, index: int, beside: _Series) -> Scatter | None:
+        """How the batches of successive single steps differ.
+
+        Args:
+            index: The layer.
+            beside: The windows of the latest epoch, if it has the latest run: a rare
+                batch of huge variance shows in one of them. None of other epochs, since
+                weights change all scales.
+        """
         bn, count = self.layers[index], self._calls[index].updates or 0
         if bn.momentum == 1 or bn.precision is not None or not count:
             return None
@@ -329,7 +352,13 @@ class Windows:
             runs.append(bn.statistics(batches.swapaxes(0, 1)))
         moving = self._part(self.readings.now, index)
         rounding = rounding_of(moving, bn.epsilon, bn.momentum**count)
-        return scatter_of_runs(runs, bn.epsilon, rounding=rounding, window=window)
+        windows = self._batches(beside, index)
+        found = scatter_of_runs(runs, bn.epsilon, rounding=rounding, windows=windows)
+        if found is None:
+            return None
+        if len(windows.mean):
+            self._dominance[index] = found.dominance
+        return replace(found, dominance=self._dominance.get(index, found.dominance))
 
     def _latest(
         self, index: int, windows: list[_Window], updates: int
@@ -373,11 +402,15 @@ class Windows:
             ),
         )
 
-    def _batches(self, series: _Series, index: int, steps: int) -> Statistics:
-        """Batch statistics of a layer in its valid windows of so many steps."""
-        chosen = series.is_valid[:, index] & (series.steps == steps)
+    def _batches(
+        self, series: _Series, index: int, steps: int | None = None
+    ) -> Statistics:
+        """Batch statistics of a layer in its valid windows, or those of `steps`."""
+        chosen = series.is_valid[:, index]
+        if steps is not None:
+            chosen = chosen & (series.steps == steps)
         averages = self.readings.averages(series.batches, index)
-        if not chosen.all():  # Copies only if needed.
+        if not chosen.all():  # All need no copy.
             averages = averages[chosen]
         return self.layers[index].statistics(averages.swapaxes(0, 1))
 

@@ -251,6 +251,14 @@ LIMITS = (
         (of_a_batch(np.max), SILENT),
         (of_a_batch(np.min), ("high_learning_rate", "one_session_a_batch")),
     ),
+    limit(
+        diagnosis,
+        "LARGE",
+        "lag beside a small gap",
+        largest(lambda seen, measured: measured.figures.lag),
+        SILENT,
+        ("ten_classes_near_chance",),
+    ),
     limit(diagnosis, "DESIGN_LIMIT", "design effect", design, SILENT + STALE, GROUPED),
     limit(
         diagnosis,

@@ -65,6 +65,16 @@ def residual_classifier() -> Run:
     return Run(model, fit, (x[:256], y[:256]), 16)
 
 
+@cases.problem("warming_up", gap=(1.03, 1.4))
+def ten_classes_near_chance() -> Run:
+    # Both losses are near log(10), so that no ratio of them is large; of what the
+    # network has learned, which is little yet, inference has lost most.
+    x, y = blobs(1280, classes=10, features=20, spread=3.0, mean=2.0)
+    model = mlp(20, outputs=10, width=24, depth=3)
+    compiled(model, keras.optimizers.SGD(0.05), crossentropy())
+    return Run(model, fitter(model, x, y), (x[:512], y[:512]))
+
+
 class Regressor(keras.Model):
     """A hand-written model that passes `training` on as it should."""
 

@@ -46,7 +46,7 @@ def test_random_batches_scatter_by_one_over_their_size():
     assert scatter_of_runs(run, 0.0).mean == pytest.approx(expected, rel=0.35)
 
 
-def test_drift_is_no_difference_between_neighbours():
+def test_drift_is_no_difference_between_scatter_of_runs():
     steady = np.arange(9.0)[:, None]
     assert scatter_of_runs([batches(steady)], 0.0).mean == 0
     walk = np.cumsum(RNG.normal(size=(9, 2000)), axis=0)
@@ -62,7 +62,7 @@ def test_a_window_that_no_run_explains_is_dominated_by_a_few():
     run = batches(np.zeros((8, 2)))
     assert scatter_of_runs([run], 0.0).dominance == 1
     window = Statistics(np.zeros(2), np.array([1.0, 90.0]))
-    assert scatter_of_runs([run], 0.0, window=window).dominance == 90
+    assert scatter_of_runs([run], 0.0, windows=window).dominance == 90
 
 
 def test_too_few_batches_and_wild_ones_say_nothing():
