@@ -46,7 +46,7 @@ from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.reach import targets_of
 from bn_callbacks.measuring.rescaling import input_map
-from bn_callbacks.measuring.sample import Examples, examples_in
+from bn_callbacks.measuring.sample import KeptBatches, examples_in
 from bn_callbacks.report import BatchNormWarning, RecalibrationReport, Shrinkage
 from bn_callbacks.statistics.affine import InputMap
 from bn_callbacks.statistics.causes import RESCALED_INPUTS
@@ -419,7 +419,7 @@ class Recalibration:
         )
 
     def _corrected(
-        self, examples: Examples, old: list[Statistics], progress: Progress
+        self, examples: KeptBatches, old: list[Statistics], progress: Progress
     ) -> Solution:
         solution, found = corrected(self._population, examples, old, progress)
         self._shrinkage = tuple(
@@ -522,11 +522,14 @@ def check_options(
         raise ValueError(
             f"`prior` must be None or 'stored'. Received: prior={shown(prior)}."
         )
-    if prior is not None and not (is_word(refine, "auto") and tolerance is None):
+    others = [] if is_word(refine, "auto") else [f"refine={shown(refine)}"]
+    others += [] if tolerance is None else [f"tolerance={shown(tolerance)}"]
+    if prior is not None and others:
         raise ValueError(
-            "With `prior`, the examples decide how far to correct the statistics. "
-            f"Received: prior={prior!r} with refine={shown(refine)} and "
-            f"tolerance={shown(tolerance)}. Leave both out."
+            "`prior` cannot be combined with `refine` or `tolerance`: the examples "
+            "decide how far to correct the statistics. Received: "
+            f"prior={prior!r} with {' and '.join(others)}. Leave out `prior`, or all "
+            "others."
         )
     check_verbose(verbose)
 

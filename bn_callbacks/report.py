@@ -108,7 +108,8 @@ def layer_reports(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
 def _cleared(seen: Evidence, verdict: Diagnosis) -> str:
     """The cause that the statistics alone suggest for a layer that the losses clear."""
     is_near = not (verdict.figures.lag or 0.0) > seen.threshold
-    if verdict.cause != HEALTHY or seen.family is not Family.INNOCENT or is_near:
+    is_judged = seen.family in (Family.INNOCENT, Family.SLIGHT)
+    if verdict.cause != HEALTHY or not is_judged or is_near:
         return ""
     alone = diagnose(dataclasses.replace(seen, family=Family.UNKNOWN)).cause
     return "" if alone == HEALTHY else alone

@@ -12,7 +12,7 @@ import tensorflow as tf
 from models import KERAS, normal
 
 import bn_callbacks.measuring.data
-from bn_callbacks.measuring.data import Batches, fits, open_specs
+from bn_callbacks.measuring.data import Batches, naming_batch, open_specs
 
 X, Y, W = normal(10, 3), normal(10, 2, seed=1), np.linspace(0, 1, 10, dtype="float32")
 
@@ -398,6 +398,10 @@ def test_only_the_batch_size_of_a_spec_is_open() -> None:
     assert open_specs(tf.constant(1.0)) == tf.TensorSpec([], tf.float32)
 
 
+def of_size(size: int) -> keras.Model:
+    return keras.Sequential([keras.Input((size,)), keras.layers.ReLU()], name="net")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -411,19 +415,38 @@ def test_only_the_batch_size_of_a_spec_is_open() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_a_model_says_of_data_that_do_not_fit_is_one_message(
+def test_an_error_of_the_model_names_the_batch_and_blames_the_shape_only_if_wrong(
     error: Exception,
 ) -> None:
-    with (
-        pytest.raises(
-            ValueError,
-            match=r"^Batch 3 of the data does not fit the model\. Received: inputs of "
-            r"shape \(10, 3\) for model 'net'\. Pass .* Keras says: .*no",
-        ) as caught,
-        fits("net", tf.constant(X), 3),
+    for size, message in (
+        (
+            2,
+            r"^Batch 3 of the data does not fit the model\. Received: inputs of shape "
+            r"\(10, 3\) for model 'net', which takes \(None, 2\)\. Pass .* Keras says: "
+            r".*no",
+        ),
+        (
+            3,
+            r"^The model fails on batch 3 of the data\. Received: inputs of shape "
+            r"\(10, 3\) for model 'net'\. Check their .* Keras says: .*no",
+        ),
     ):
-        raise error
-    assert caught.value.__cause__ is error
+        with (
+            pytest.raises(ValueError, match=message) as caught,
+            naming_batch(of_size(size), tf.constant(X), 3),
+        ):
+            raise error
+        assert caught.value.__cause__ is error
+
+
+def test_a_long_message_of_keras_is_cut_after_a_sentence() -> None:
+    long = ValueError("First. " + "Second sentence which is very long. " * 20)
+    with (
+        pytest.raises(ValueError, match=r"long\. …$") as caught,
+        naming_batch(of_size(3), tf.constant(X), 0),
+    ):
+        raise long
+    assert len(str(caught.value)) < 600
 
 
 def test_a_model_that_cannot_be_traced_is_told_from_data_that_do_not_fit() -> None:
@@ -432,11 +455,11 @@ def test_a_model_that_cannot_be_traced_is_told_from_data_that_do_not_fit() -> No
             ValueError,
             match=r"^The model cannot be traced, .* Received: model 'net'\. Write its",
         ),
-        fits("net", tf.constant(X), 0),
+        naming_batch(of_size(3), tf.constant(X), 0),
     ):
         raise tf.errors.OperatorNotAllowedInGraphError("no")
 
 
 def test_other_exceptions_are_no_misfit() -> None:
-    with pytest.raises(MemoryError), fits("net", tf.constant(X), 0):
+    with pytest.raises(MemoryError), naming_batch(of_size(3), tf.constant(X), 0):
         raise MemoryError

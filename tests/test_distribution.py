@@ -258,8 +258,8 @@ def test_random_shares_are_no_finding() -> None:
 def test_the_batch_size_is_that_of_a_replica() -> None:
     monitor = bn.BatchNormMonitor(on_lag="ignore")
     fitted(False, callbacks=[monitor])
-    assert monitor._watch._examples.batch_size == 8
-    assert monitor._watch._examples.batch_size_of(bn_of(True)) == 16
+    assert monitor._watch._batch_size.batch_size == 8
+    assert monitor._watch._batch_size.batch_size_of(bn_of(True)) == 16
 
 
 def bn_of(synchronized: bool) -> Any:

@@ -23,7 +23,7 @@ from bn_callbacks import (
 )
 from bn_callbacks.report import MAX_LINES
 from bn_callbacks.statistics import causes
-from bn_callbacks.watching.episodes import MAX_EPISODES, EpisodeRecorder
+from bn_callbacks.watching.episode_recorder import MAX_EPISODES, EpisodeRecorder
 
 NAN = float("nan")
 

@@ -34,7 +34,7 @@ from bn_callbacks.layers import (
     count_inputs,
     find,
     forward,
-    is_stale,
+    is_trainable_stale,
     pinned_in_graph,
     stateless,
     strategy,
@@ -278,12 +278,12 @@ def test_a_stateless_scope_still_collects_losses() -> None:
 def test_compile_still_notes_what_is_trainable() -> None:
     model = compiled(dense(1))
     (bn,) = find(model)
-    assert not is_stale(model, bn)
+    assert not is_trainable_stale(model, bn)
     if not hasattr(model, "_compiled_trainable_state"):
         assert KERAS < (3, 1), "Trainer._compiled_trainable_state"
         return
     bn.layer.trainable = False
-    assert is_stale(model, bn), "Trainer._compiled_trainable_state"
+    assert is_trainable_stale(model, bn), "Trainer._compiled_trainable_state"
 
 
 def test_nodes_still_keep_the_arguments_of_their_call() -> None:

@@ -213,7 +213,18 @@ def test_another_prior_is_refused(trained, data, prior):
         bn.recalibrate(trained, data[0], prior=prior, verbose=0)
 
 
-@pytest.mark.parametrize("other", [{"refine": 0}, {"tolerance": 0.01}])
-def test_prior_goes_with_nothing_else_that_decides(trained, data, other):
-    with pytest.raises(ValueError, match=r"Leave both out\."):
-        few(trained, data[0], **other)
+@pytest.mark.parametrize(
+    ("others", "received"),
+    [
+        ({"refine": 0}, "refine=0"),
+        ({"tolerance": 0.01}, r"tolerance=0\.01"),
+        ({"refine": 2, "tolerance": 0.01}, r"refine=2 and tolerance=0\.01"),
+    ],
+)
+def test_prior_goes_with_nothing_else_that_decides(trained, data, others, received):
+    message = (
+        r"^`prior` cannot be combined with `refine` or `tolerance`: .* Received: "
+        rf"prior='stored' with {received}\. Leave out `prior`, or all others\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        few(trained, data[0], **others)

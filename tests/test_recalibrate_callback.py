@@ -445,7 +445,7 @@ def test_undo_gives_the_averages_of_training_back():
     assert_same(statistics(model), look.seen[-1])
 
 
-# --- In company
+# --- Together with other callbacks
 
 
 def ema():

@@ -245,7 +245,6 @@ def by_key() -> keras.Model:
     [
         (dense, X[:, :5]),
         (dense, normal(32, 6, 2)),
-        (dense, np.array([["a"] * 6] * 8)),
         (functional, X),
         (functional, [X, X]),
         (functional, {"a": X}),
@@ -255,7 +254,6 @@ def by_key() -> keras.Model:
     ids=[
         "features",
         "rank",
-        "strings",
         "one of two inputs",
         "second input",
         "missing key",
@@ -269,7 +267,47 @@ def test_data_that_do_not_fit_are_named(
     net = build()
     message = (
         r"^Batch 0 of the data does not fit the model\. Received: inputs of shape .* "
-        r"for model '\w+'\. Pass data as `fit` takes them, in batches\. Keras says: \S"
+        r"for model '\w+', which takes .*\. Pass data as `fit` takes them, in "
+        r"batches\. Keras says: \S"
+    )
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        recalibrate(net, x, verbose=0)
+
+
+class Lookup(keras.layers.Layer):
+    """A layer that may fail for a reason of its own."""
+
+    is_empty = False
+
+    def call(self, x: Any) -> Any:
+        if self.is_empty:
+            raise ValueError("The lookup table is empty. Fill it.")
+        return x
+
+
+def with_an_empty_table() -> keras.Model:
+    lookup = Lookup()
+    net = keras.Sequential([keras.Input((6,)), lookup, layers.BatchNormalization()])
+    lookup.is_empty = True
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "x", "reason"),
+    [
+        (dense, np.array([["a"] * 6] * 8), "string to float is not supported"),
+        (with_an_empty_table, X, r"The lookup table is empty\. Fill it\."),
+    ],
+    ids=["strings", "an error of a layer"],
+)
+def test_an_error_without_a_wrong_shape_is_not_blamed_on_the_shape(
+    build: Callable[[], keras.Model], x: Any, reason: str
+) -> None:
+    net = build()
+    message = (
+        r"^The model fails on batch 0 of the data\. Received: inputs of shape "
+        r"\(\d+, 6\) for model '\w+'\. Check their structure and type, and the model's "
+        rf"own code\. Keras says: .*{reason}"
     )
     with unchanged(net), pytest.raises(ValueError, match=message):
         recalibrate(net, x, verbose=0)

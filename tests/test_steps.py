@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
+from bn_callbacks.watching.steps import StepCounter, announced
 
 
 class Epoch:
@@ -182,6 +182,6 @@ def test_a_new_epoch_forgets_the_one_before():
 
 
 def test_announcements_may_be_missing():
-    assert announced_steps(None) is announced_epochs({}) is None
-    assert announced_steps({"steps": 5}) == 5
-    assert announced_epochs({"epochs": 2}) == 2
+    assert announced(None, "steps") is announced({}, "epochs") is None
+    assert announced({"steps": 5}, "steps") == 5
+    assert announced({"epochs": 2}, "epochs") == 2

@@ -36,7 +36,7 @@ class Averages:
         return batches
 
     def close(self, steps):
-        self.windows.close(self.windows.read()[1], steps)
+        self.windows.close(self.windows.readings()[1], steps)
 
     def evidence(self, index=0):
         return self.windows.evidence(None, 0.2)[index]
@@ -88,7 +88,7 @@ def test_windows_of_two_epochs_are_not_joined():
     averages = Averages(length=6)
     averages.train(3)
     averages.close(3)
-    averages.windows.rebase()
+    averages.windows.reread()
     batches = averages.train(3)
     averages.close(3)
     evidence = averages.evidence()
@@ -170,7 +170,7 @@ def test_a_foreign_write_between_epochs_is_the_new_start():
     averages.train(4)
     averages.close(4)
     averages.layers[0].layer.moving_mean.assign([7.0, 8.0, 9.0])
-    averages.windows.rebase()
+    averages.windows.reread()
     batches = averages.train(4)
     averages.close(4)
     evidence = averages.evidence(0)
@@ -192,7 +192,7 @@ def test_averages_that_never_move_are_still():
 def test_statistics_written_before_training_are_not_initial():
     averages = Averages()
     averages.layers[0].layer.moving_mean.assign([7.0, 8.0, 9.0])
-    averages.windows.rebase()
+    averages.windows.reread()
     averages.close(4)
     evidence = averages.evidence()
     assert evidence.is_still
@@ -214,7 +214,7 @@ def test_nan_is_no_foreign_write():
     averages.train(4)
     averages.layers[0].layer.moving_mean.assign([np.nan] * 3)
     averages.close(4)
-    averages.windows.rebase()
+    averages.windows.reread()
     averages.close(4)
     assert averages.evidence().updates == 8
 

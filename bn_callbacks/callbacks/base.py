@@ -62,7 +62,9 @@ class BatchNormCallback(keras.callbacks.Callback):
         together = listed(self.model)
         if together and together[0] is self:
             # Workers with different callbacks would wait for each other for ever.
-            lines = [line for i, each in enumerate(together) for line in _told(i, each)]
+            lines = [
+                line for i, each in enumerate(together) for line in _lines(i, each)
+            ]
             team_of(self.model).check_same("callbacks", lines)
         self._is_fitting = True
         self._thread = threading.get_ident()
@@ -114,7 +116,7 @@ _FREE = {"verbose", "max_charts"}
 """Arguments that only the chief uses, so that workers may differ in them."""
 
 
-def _told(index: int, callback: Any) -> Iterator[str]:
+def _lines(index: int, callback: Any) -> Iterator[str]:
     """Lines that describe a callback; they must be equal on all workers."""
     ours = next(kind for kind in type(callback).__mro__ if _is_ours(kind))
     name = f"callback {index}, {type(callback).__name__}"

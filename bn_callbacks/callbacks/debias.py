@@ -70,7 +70,7 @@ class DebiasBatchNorm(BatchNormCallback):
         starts = self._find_starts()
         if starts is not None:
             if is_first:
-                self._counter.observe(*starts.rebase())
+                self._counter.observe(*starts.reread())
                 starts.watch_calls()
             elif is_late or self._counter.needs_reading:
                 self._counter.observe(*starts.read())
@@ -104,7 +104,7 @@ class DebiasBatchNorm(BatchNormCallback):
         if self._starts is None or not self._has_news:
             return
         self._has_news = False
-        self._starts.take_out()
+        self._starts.write_debiased()
         if not self._starts.is_known and not self._has_warned:
             self._has_warned = True
             warn(

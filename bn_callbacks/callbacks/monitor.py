@@ -249,7 +249,8 @@ class BatchNormMonitor(BatchNormCallback):
         is_due = watch.advance(batch)
         self._notice_layers(watch)
         if is_due and self._writer is not None and self._may_write():
-            self._write(self._writer, self._make_report(watch))
+            self._expect(watch)
+            self._write(self._writer, watch.make_report())
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -327,10 +328,6 @@ class BatchNormMonitor(BatchNormCallback):
     def _expect(self, watch: BatchNormWatch) -> None:
         # Later than `on_epoch_begin`, in which all callbacks say what they do.
         watch.expect(is_recalibrated=peers_of(self.model).recalibrates)
-
-    def _make_report(self, watch: BatchNormWatch) -> BatchNormReport:
-        self._expect(watch)
-        return watch.make_report()
 
     def _tell(self, watch: BatchNormWatch, is_last: bool | None = None) -> None:
         if self.on_lag == "ignore":

@@ -3,6 +3,7 @@
 import re
 
 from bn_callbacks.installing import NotInstalledError
+from bn_callbacks.names import said, shortened
 
 LONGEST = 1000
 """Largest number of characters in a line; Keras' messages may fill pages."""
@@ -19,18 +20,11 @@ REMEDIES = {
     "ResourceExhaustedError": "Out of memory: {}. Pass a smaller --batch-size.",
 }
 
-# Parts of TensorFlow's messages about graphs, which the user has never seen.
-_NOISE = re.compile(
-    r"\x1b\[[0-9;]*m|"  # Colours.
-    r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:\w+\]( name:)?|Traceback \(most recent .*",
-    re.DOTALL,
-)
-
-
 OPTIONS = {
     "batch_size": "--batch-size",
     "dropout": "--dropout",
     "layers": "--layers",
+    "prior": "--prior",
     "refine": "--refine",
     "steps": "--steps",
     "tolerance": "--tolerance",
@@ -90,9 +84,5 @@ def with_options(text: str, has_validation: bool = False) -> str:
 
 
 def _joined(error: BaseException) -> str:
-    text = str(error)
-    if text.startswith("in user code:"):  # Begins with a stack of traced functions.
-        text = re.split(r"\n\s+(?=\w*Error: )", text)[-1]
     notes = getattr(error, "__notes__", [])
-    text = " ".join(_NOISE.sub("", " ".join([text, *notes])).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return shortened(" ".join([said(error), *notes]), LONGEST)

@@ -17,15 +17,15 @@ from bn_callbacks.cli.sources import open_data
 from bn_callbacks.layers import BatchNormLayer, find, read
 from bn_callbacks.names import printable
 from bn_callbacks.report import BatchNormReport, LayerReport, plain, table
+from bn_callbacks.statistics.anomalies import (
+    FROZEN,
+    NEGATIVE_VARIANCE,
+    Anomaly,
+    find_anomalies,
+)
 from bn_callbacks.statistics.causes import HEALTHY, NON_FINITE
 from bn_callbacks.statistics.losses import GAP_LIMIT
 from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.statistics.suspicion import (
-    FROZEN,
-    NEGATIVE_VARIANCE,
-    Suspicion,
-    suspect,
-)
 
 CERTAIN = (NON_FINITE, NEGATIVE_VARIANCE)
 """Suspicions that no data can clear."""
@@ -59,7 +59,7 @@ class StoredLayer:
     trainable: bool
     mean: tuple[float, float]
     variance: tuple[float, float]
-    suspicions: tuple[Suspicion, ...]
+    suspicions: tuple[Anomaly, ...]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def describe(bn: BatchNormLayer, stored: Statistics) -> StoredLayer:
         trainable=bn.trainable,
         mean=_range(stored.mean),
         variance=_range(stored.variance),
-        suspicions=suspect(
+        suspicions=find_anomalies(
             stored,
             start=bn.initial,
             epsilon=bn.epsilon,

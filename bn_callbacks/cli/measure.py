@@ -1,14 +1,10 @@
 """`bn-callbacks measure`: saves the moments of a part of the data."""
 
 import argparse
-import json
-from pathlib import Path
 
-from bn_callbacks.cli.merge import read_moments
+from bn_callbacks.cli.merge import read_moments, save
 from bn_callbacks.cli.models import load
 from bn_callbacks.cli.sources import open_data
-from bn_callbacks.cli.writing import replacing
-from bn_callbacks.names import printable
 from bn_callbacks.pooling import measure
 
 
@@ -28,23 +24,7 @@ def run(options: argparse.Namespace) -> int:
         dropout=options.dropout,
         layers=options.layers,
     )
-    path = Path(options.output)
-    with replacing(path, options.written) as new:
-        moments.save(new)
-    if options.json:
-        content = {
-            "model": options.model,
-            "layers": list(moments.moments),
-            "samples": moments.samples,
-            "batches": moments.batches,
-            "output": str(path),
-        }
-        print(json.dumps(content, indent=2), file=options.out)
-    else:
-        count = len(moments.moments)
-        print(
-            f"Measured {count} BatchNormalization layer{'s' * (count != 1)} over "
-            f"{moments.samples:,} samples ({moments.batches:,} batches).\n"
-            f"Saved {printable(str(path))}."
-        )
+    count = len(moments.moments)
+    done = f"Measured {count} BatchNormalization layer{'s' * (count != 1)} over"
+    save(moments, options, done, {"model": options.model})
     return 0

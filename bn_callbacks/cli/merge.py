@@ -1,6 +1,7 @@
 """`bn-callbacks merge`: merges the moments of several parts."""
 
 import argparse
+import json
 from functools import reduce
 from pathlib import Path
 
@@ -14,14 +15,42 @@ def run(options: argparse.Namespace) -> int:
     """Merges and saves."""
     parts = [read_moments(name) for name in options.parts]
     merged = reduce(PopulationMoments.merge, parts)
+    done = f"Merged {len(parts)} files of"
+    save(merged, options, done, {"parts": options.parts})
+    return 0
+
+
+def save(
+    moments: PopulationMoments,
+    options: argparse.Namespace,
+    done: str,
+    facts: dict[str, object],
+) -> None:
+    """Saves moments as the output, and prints what has been done.
+
+    Args:
+        moments: The moments.
+        options: The command's options.
+        done: The beginning of a sentence, which goes on with the number of samples.
+        facts: What JSON says besides the moments and the output.
+    """
     path = Path(options.output)
     with replacing(path, options.written) as new:
-        merged.save(new)
-    print(
-        f"Merged {len(parts)} files of {merged.samples:,} samples "
-        f"({merged.batches:,} batches).\nSaved {printable(str(path))}."
-    )
-    return 0
+        moments.save(new)
+    if options.json:
+        content = {
+            **facts,
+            "layers": list(moments.moments),
+            "samples": moments.samples,
+            "batches": moments.batches,
+            "output": str(path),
+        }
+        print(json.dumps(content, indent=2), file=options.out)
+    else:
+        print(
+            f"{done} {moments.samples:,} samples ({moments.batches:,} batches).\n"
+            f"Saved {printable(str(path))}."
+        )
 
 
 def read_moments(name: str) -> PopulationMoments:

@@ -3,7 +3,7 @@
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from bn_callbacks.names import printable
 from bn_callbacks.version import __version__
@@ -17,10 +17,34 @@ DATA = (
     "package.module:function, which returns a dataset"
 )
 
+FEATURES = (
+    '{"inputs": {"image": {"shape": [28, 28, 1], "dtype": "float32"}}, '
+    '"targets": {"label": {"shape": [], "dtype": "int64"}}}'
+)
+"""An example of what `--features` names."""
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments of a command; ends the process after --help or a mistake."""
     return _parser().parse_args(arguments)
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Args:
+        summary: What it does, in the list of all commands.
+        description: What it does, in its own help.
+        examples: Its arguments in use, the most usual first.
+        statuses: What its exit status means.
+        options: Its arguments: what `add_argument` takes, by name.
+    """
+
+    summary: str
+    description: str
+    examples: tuple[str, ...]
+    statuses: str
+    options: dict[str, dict[str, Any]]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,361 +55,41 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    every = COMMANDS.items()
+    examples = [f"{name} {command.examples[0]}" for name, command in every]
     parser = _Parser(
         prog="bn-callbacks",
         description=(
             "Watch and repair the moving statistics of BatchNormalization layers."
         ),
-        epilog=(
-            "examples:\n"
-            "  bn-callbacks demo --log-dir logs/demo\n"
-            "  bn-callbacks inspect model.keras --data train.npz\n"
-            "  bn-callbacks recalibrate model.keras --data train.npz --output new.keras"
-            "\n  bn-callbacks export model.keras --data train.npz --output serving/1"
-            "\n  bn-callbacks measure model.keras --data train.npz --output part-1.npz"
-            "\n  bn-callbacks merge part-1.npz part-2.npz --output all.npz"
-            "\n  bn-callbacks apply model.keras --moments all.npz --output new.keras"
-        ),
+        epilog=_listed(examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    debug, model, data, recalibration = _debug(), _model(), _data(), _recalibration()
-
-    _demo(commands, debug)
-    command = _command(
-        commands,
-        "inspect",
-        [model, data, debug],
-        summary="show the BatchNormalization layers of a saved model",
-        description=(
-            "Shows what each BatchNormalization layer stores and what is suspicious "
-            "about it; with --data also how far the statistics are from the data, and "
-            "how this changes the loss. Changes nothing."
-        ),
-        epilog=(
-            "examples:\n"
-            "  bn-callbacks inspect model.keras\n"
-            "  bn-callbacks inspect model.keras --data train.npz --json\n"
-            "\n"
-            "exit status: 0 healthy, 1 findings, 2 error"
-        ),
-    )
-    command.add_argument("--data", metavar="DATA", help=f"training data: {DATA}")
-    _layers(command, "look at")
-
-    command = _command(
-        commands,
-        "recalibrate",
-        [model, recalibration, data, debug],
-        summary="give a saved model the statistics of its training data",
-        description=(
-            "Replaces the moving statistics by those of the training data, as "
-            "inference sees them, and saves the model. Nothing else in it changes."
-        ),
-        epilog=(
-            "examples:\n"
-            "  bn-callbacks recalibrate model.keras --data train.npz --output new.keras"
-            "\n"
-            "  bn-callbacks recalibrate model.keras --data train.npz "
-            "--validation val.npz --in-place\n"
-            "\n"
-            "exit status: 0 saved, 1 not saved, as the validation loss would rise, "
-            "2 error"
-        ),
-    )
-    _target(command)
-
-    command = _command(
-        commands,
-        "export",
-        [model, recalibration, data, debug],
-        summary="recalibrate a saved model and export it for serving",
-        description=(
-            "Recalibrates, exports a SavedModel, loads it in another process with "
-            "TensorFlow alone, and compares its outputs with those of the model. "
-            "Removes an export that differs. MODEL.keras stays as it is."
-        ),
-        epilog=(
-            "example:\n"
-            "  bn-callbacks export model.keras --data train.npz --output serving/1\n"
-            "\n"
-            "exit status: 0 exported, 1 not exported, as the validation loss would "
-            "rise, 2 error"
-        ),
-    )
-    command.add_argument(
-        "--output",
-        metavar="DIR",
-        required=True,
-        help="directory to make; it must not exist, or be empty",
-    )
-    _in_parts(commands, model, data, debug)
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in every:
+        examples = [f"{name} {example}" for example in command.examples]
+        own = parsers.add_parser(
+            name,
+            help=command.summary,
+            description=textwrap.fill(command.description, WIDTH),
+            epilog=f"{_listed(examples)}\n\nexit status: {command.statuses}",
+            # Keeps the line breaks of the examples.
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        target: Any = own
+        if "--in-place" in command.options:
+            target = own.add_mutually_exclusive_group(required=True)
+        for option, settings in command.options.items():
+            (target if option in _TARGET else own).add_argument(option, **settings)
     return parser
 
 
-def _in_parts(
-    commands: Any,
-    model: argparse.ArgumentParser,
-    data: argparse.ArgumentParser,
-    debug: argparse.ArgumentParser,
-) -> None:
-    command = _command(
-        commands,
-        "measure",
-        [model, data, debug],
-        summary="measure a part of the data, to be merged with others",
-        description=(
-            "Measures count, mean and squared deviations of the input of each "
-            "BatchNormalization layer, for data that are in many places. The model "
-            "is not changed."
-        ),
-        epilog=(
-            "examples:\n"
-            "  bn-callbacks measure model.keras --data train.npz --output 1.npz\n"
-            "  bn-callbacks measure model.keras --data train.npz --statistics 1.npz "
-            "--output 2.npz"
-        ),
-    )
-    command.add_argument(
-        "--data", metavar="DATA", required=True, help=f"training data: {DATA}"
-    )
-    command.add_argument(
-        "--statistics",
-        metavar="ALL.npz",
-        help=(
-            "the merged moments of the round before, with which layers normalise "
-            "(default: with the statistics of each batch)"
-        ),
-    )
-    command.add_argument(
-        "--dropout", action="store_true", help="let dropout act as in training"
-    )
-    _layers(command, "measure, even a frozen one")
-    command.add_argument(
-        "--output", metavar="OUT.npz", required=True, help="file for the moments"
-    )
-
-    command = _command(
-        commands,
-        "merge",
-        [debug],
-        summary="merge the moments of several parts of the data",
-        description=(
-            "Merges moments exactly, in any order: the result is that of all data in "
-            "one place."
-        ),
-        epilog=(
-            "example:\n  bn-callbacks merge part-1.npz part-2.npz --output all.npz"
-        ),
-    )
-    command.add_argument(
-        "parts", metavar="PART.npz", nargs="+", help="files that measure or merge wrote"
-    )
-    command.add_argument(
-        "--output", metavar="OUT.npz", required=True, help="file for the moments"
-    )
-
-    command = _command(
-        commands,
-        "apply",
-        [model, debug],
-        summary="give a saved model the statistics that were measured in parts",
-        description=(
-            "Replaces the moving statistics by those of merged moments, and saves the "
-            "model. Nothing else in it changes."
-        ),
-        epilog=(
-            "example:\n"
-            "  bn-callbacks apply model.keras --moments all.npz --output new.keras"
-        ),
-    )
-    command.add_argument(
-        "--moments", metavar="ALL.npz", required=True, help="the merged moments"
-    )
-    _target(command)
-
-
-def _target(command: argparse.ArgumentParser) -> None:
-    target = command.add_mutually_exclusive_group(required=True)
-    target.add_argument(
-        "--output", metavar="OUT.keras", help="file for the recalibrated model"
-    )
-    target.add_argument(
-        "--in-place", action="store_true", help="replace MODEL.keras itself"
-    )
-
-
-def _command(
-    commands: Any,
-    name: str,
-    parents: Sequence[argparse.ArgumentParser],
-    *,
-    summary: str,
-    description: str,
-    epilog: str,
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        parents=parents,
-        help=summary,
-        description=textwrap.fill(description, WIDTH),
-        epilog=epilog,
-        # Keeps the line breaks of the examples.
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return command
-
-
-def _debug() -> argparse.ArgumentParser:
-    options = _Parser(add_help=False)
-    options.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error"
-    )
-    return options
-
-
-def _model() -> argparse.ArgumentParser:
-    options = _Parser(add_help=False)
-    options.add_argument("model", metavar="MODEL.keras", help="a saved Keras model")
-    options.add_argument(
-        "--custom-objects",
-        metavar="MODULE",
-        help="module with the model's own layers, losses and so on",
-    )
-    options.add_argument(
-        "--unsafe",
-        action="store_true",
-        help="run Python code in the file (Lambda layers); only if you trust it",
-    )
-    options.add_argument(
-        "--json", action="store_true", help="print JSON instead of text"
-    )
-    return options
-
-
-def _data() -> argparse.ArgumentParser:
-    options = _Parser(add_help=False)
-    options.add_argument(
-        "--features",
-        metavar="SPEC.json",
-        help=(
-            "what the examples of TFRecord files hold, as in "
-            '{"inputs": {"image": {"shape": [28, 28, 1], "dtype": "float32"}}, '
-            '"targets": {"label": {"shape": [], "dtype": "int64"}}}'
-        ),
-    )
-    options.add_argument(
-        "--steps",
-        metavar="N",
-        type=_at_least(1),
-        help="batches to read (default: all)",
-    )
-    options.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=_at_least(1),
-        help="samples a batch (default: 32, or as the data come)",
-    )
-    return options
-
-
-def _recalibration() -> argparse.ArgumentParser:
-    options = _Parser(add_help=False)
-    options.add_argument(
-        "--data", metavar="DATA", required=True, help=f"training data: {DATA}"
-    )
-    options.add_argument(
-        "--tolerance",
-        metavar="X",
-        type=_positive,
-        help=(
-            "stop reading when the statistics are precise to so many standard "
-            "deviations (0.01 is plenty); needs shuffled data"
-        ),
-    )
-    options.add_argument(
-        "--refine",
-        metavar="N",
-        type=_refine,
-        default="auto",
-        help="further passes over the data (default: as many as are needed)",
-    )
-    options.add_argument(
-        "--dropout", action="store_true", help="let dropout act as in training"
-    )
-    options.add_argument(
-        "--prior",
-        choices=["stored"],
-        help=(
-            "with a handful of examples: correct the stored statistics by as much as "
-            "the examples can tell"
-        ),
-    )
-    options.add_argument(
-        "--validation",
-        metavar="DATA",
-        help="data with targets, in the forms of --data, to choose better statistics",
-    )
-    _layers(options, "recalibrate, even a frozen one")
-    return options
-
-
-def _layers(options: argparse.ArgumentParser, purpose: str) -> None:
-    options.add_argument(
-        "--layers",
-        metavar="NAME",
-        action="append",
-        help=f"name or path of a layer to {purpose}; may be repeated (default: all)",
-    )
-
-
-def _demo(commands: Any, debug: argparse.ArgumentParser) -> None:
-    command = _command(
-        commands,
-        "demo",
-        [debug],
-        summary="train a network that predicts badly, find out why, and repair it",
-        description=(
-            "Trains three Dense + BatchNormalization + ReLU layers on scikit-learn's "
-            "digits, for too few steps for the default momentum; shows what "
-            "BatchNormMonitor finds, and the losses as trained, debiased and "
-            "recalibrated. Takes some ten seconds and needs bn-callbacks[demo]."
-        ),
-        epilog=(
-            "example:\n"
-            "  bn-callbacks demo --log-dir logs/demo --model digits.keras\n"
-            "  tensorboard --logdir logs/demo"
-        ),
-    )
-    command.add_argument(
-        "--log-dir",
-        metavar="DIR",
-        default="logs/demo",
-        help="directory for TensorBoard's files (default: %(default)s)",
-    )
-    command.add_argument(
-        "--model",
-        metavar="PATH",
-        type=_model_path,
-        help="file for the recalibrated model (default: model.keras in --log-dir)",
-    )
-    command.add_argument(
-        "--epochs",
-        metavar="N",
-        type=_at_least(1),
-        default=DEMO_EPOCHS,
-        help="epochs of 20 steps (default: %(default)s)",
-    )
-    command.add_argument(
-        "--seed",
-        metavar="N",
-        type=_at_least(0),
-        default=0,
-        help="seed of the weights and of the order (default: %(default)s)",
-    )
+def _listed(examples: Sequence[str]) -> str:
+    lines = [f"  bn-callbacks {example}" for example in examples]
+    return "\n".join([f"example{'s' * (len(lines) > 1)}:", *lines])
 
 
 def _model_path(text: str) -> str:
@@ -419,3 +123,228 @@ def _positive(text: str) -> float:
 
 def _refine(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else _at_least(0)(text)
+
+
+def _flag(help_text: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": help_text}
+
+
+def _layers(purpose: str) -> dict[str, dict[str, Any]]:
+    text = f"name or path of a layer to {purpose}; may be repeated (default: all)"
+    return {"--layers": {"metavar": "NAME", "action": "append", "help": text}}
+
+
+_DEBUG = {"--debug": _flag("show the traceback of an error")}
+
+_PRINTING = {"--json": _flag("print JSON instead of text"), **_DEBUG}
+
+_MODEL: dict[str, dict[str, Any]] = {
+    "model": {"metavar": "MODEL.keras", "help": "a saved Keras model"},
+    "--custom-objects": {
+        "metavar": "MODULE",
+        "help": "module with the model's own layers, losses and so on",
+    },
+    "--unsafe": _flag(
+        "run Python code in the file (Lambda layers); only if you trust it"
+    ),
+}
+
+_DATA: dict[str, dict[str, Any]] = {
+    "--data": {"metavar": "DATA", "required": True, "help": f"training data: {DATA}"},
+    "--features": {
+        "metavar": "SPEC.json",
+        "help": f"what the examples of TFRecord files hold, as in {FEATURES}",
+    },
+    "--steps": {
+        "metavar": "N",
+        "type": _at_least(1),
+        "help": "batches to read (default: all)",
+    },
+    "--batch-size": {
+        "metavar": "N",
+        "type": _at_least(1),
+        "help": "samples a batch (default: 32, or as the data come)",
+    },
+}
+
+_DROPOUT = {"--dropout": _flag("let dropout act as in training")}
+
+_RECALIBRATION: dict[str, dict[str, Any]] = {
+    **_MODEL,
+    **_DATA,
+    "--tolerance": {
+        "metavar": "X",
+        "type": _positive,
+        "help": "stop reading when the statistics are precise to so many standard "
+        "deviations (0.01 is plenty); needs shuffled data",
+    },
+    "--refine": {
+        "metavar": "N",
+        "type": _refine,
+        "default": "auto",
+        "help": "further passes over the data (default: as many as are needed)",
+    },
+    **_DROPOUT,
+    "--prior": {
+        "choices": ["stored"],
+        "help": "with a handful of examples: correct the stored statistics by as much "
+        "as the examples can tell",
+    },
+    "--validation": {
+        "metavar": "DATA",
+        "help": "data with targets, in the forms of --data, to choose better "
+        "statistics",
+    },
+    **_layers("recalibrate, even a frozen one"),
+    **_PRINTING,
+}
+
+_TARGET: dict[str, dict[str, Any]] = {
+    "--output": {"metavar": "OUT.keras", "help": "file for the recalibrated model"},
+    "--in-place": _flag("replace MODEL.keras itself"),
+}
+
+_MOMENTS: dict[str, dict[str, Any]] = {
+    "--output": {
+        "metavar": "OUT.npz",
+        "required": True,
+        "help": "file for the moments",
+    },
+    **_PRINTING,
+}
+
+COMMANDS = {
+    "demo": Command(
+        "train a network that predicts badly, find out why, and repair it",
+        "Trains three Dense + BatchNormalization + ReLU layers on scikit-learn's "
+        "digits, for too few steps for the default momentum; shows what "
+        "BatchNormMonitor finds, and the losses as trained, debiased and recalibrated. "
+        "Takes some ten seconds and needs bn-callbacks[demo]. Look at the result with: "
+        "tensorboard --logdir logs/demo",
+        ("--log-dir logs/demo --model digits.keras",),
+        "0 done; 2 error",
+        {
+            "--log-dir": {
+                "metavar": "DIR",
+                "default": "logs/demo",
+                "help": "directory for TensorBoard's files (default: %(default)s)",
+            },
+            "--model": {
+                "metavar": "PATH",
+                "type": _model_path,
+                "help": "file for the recalibrated model (default: model.keras in "
+                "--log-dir)",
+            },
+            "--epochs": {
+                "metavar": "N",
+                "type": _at_least(1),
+                "default": DEMO_EPOCHS,
+                "help": "epochs of 20 steps (default: %(default)s)",
+            },
+            "--seed": {
+                "metavar": "N",
+                "type": _at_least(0),
+                "default": 0,
+                "help": "seed of the weights and of the order (default: %(default)s)",
+            },
+            **_DEBUG,
+        },
+    ),
+    "inspect": Command(
+        "show the BatchNormalization layers of a saved model",
+        "Shows what each BatchNormalization layer stores and what is suspicious about "
+        "it; with --data also how far the statistics are from the data, and how this "
+        "changes the loss. Changes nothing.",
+        ("model.keras", "model.keras --data train.npz --json"),
+        "0 healthy; 1 findings; 2 error",
+        {
+            **_MODEL,
+            **_DATA,
+            "--data": {**_DATA["--data"], "required": False},
+            **_layers("look at"),
+            **_PRINTING,
+        },
+    ),
+    "recalibrate": Command(
+        "give a saved model the statistics of its training data",
+        "Replaces the moving statistics by those of the training data, as inference "
+        "sees them, and saves the model. Nothing else in it changes.",
+        (
+            "model.keras --data train.npz --output new.keras",
+            "model.keras --data train.npz --validation val.npz --in-place",
+        ),
+        "0 saved; 1 not saved: the validation loss would rise; 2 error",
+        {**_RECALIBRATION, **_TARGET},
+    ),
+    "export": Command(
+        "recalibrate a saved model and export it for serving",
+        "Recalibrates, exports a SavedModel, loads it in another process with "
+        "TensorFlow alone, and compares its outputs with those of the model. Removes "
+        "an export that differs. MODEL.keras stays as it is.",
+        ("model.keras --data train.npz --output serving/1",),
+        "0 exported; 1 not exported: the validation loss would rise; 2 error",
+        {
+            **_RECALIBRATION,
+            "--output": {
+                "metavar": "DIR",
+                "required": True,
+                "help": "directory to make; it must not exist, or be empty",
+            },
+        },
+    ),
+    "measure": Command(
+        "measure a part of the data, to be merged with others",
+        "Measures count, mean and squared deviations of the input of each "
+        "BatchNormalization layer, for data that are in many places. The model is not "
+        "changed.",
+        (
+            "model.keras --data train.npz --output 1.npz",
+            "model.keras --data train.npz --statistics 1.npz --output 2.npz",
+        ),
+        "0 saved; 2 error",
+        {
+            **_MODEL,
+            **_DATA,
+            "--statistics": {
+                "metavar": "ALL.npz",
+                "help": "the merged moments of the round before, with which layers "
+                "normalise (default: with the statistics of each batch)",
+            },
+            **_DROPOUT,
+            **_layers("measure, even a frozen one"),
+            **_MOMENTS,
+        },
+    ),
+    "merge": Command(
+        "merge the moments of several parts of the data",
+        "Merges moments exactly, in any order: the result is that of all data in one "
+        "place.",
+        ("part-1.npz part-2.npz --output all.npz",),
+        "0 saved; 2 error",
+        {
+            "parts": {
+                "metavar": "PART.npz",
+                "nargs": "+",
+                "help": "files that measure or merge wrote",
+            },
+            **_MOMENTS,
+        },
+    ),
+    "apply": Command(
+        "give a saved model the statistics that were measured in parts",
+        "Replaces the moving statistics by those of merged moments, and saves the "
+        "model. Nothing else in it changes.",
+        ("model.keras --moments all.npz --output new.keras",),
+        "0 saved; 2 error",
+        {
+            **_MODEL,
+            "--moments": {
+                "metavar": "ALL.npz",
+                "required": True,
+                "help": "the merged moments",
+            },
+            **_TARGET,
+            **_PRINTING,
+        },
+    ),
+}

@@ -25,7 +25,8 @@ def check_paths(options: argparse.Namespace) -> None:
     _check_model(model)
     if options.command in ("recalibrate", "apply"):
         _check_file(model if options.in_place else Path(options.output))
-        if not options.in_place and _are_same(model, Path(options.output)):
+        output = None if options.in_place else Path(options.output)
+        if output is not None and output.exists() and model.samefile(output):
             raise CommandError(
                 f"{options.output} is the model itself. Name another file, or pass "
                 "--in-place to replace it."
@@ -146,7 +147,3 @@ def _check_parent(path: Path) -> None:
         raise CommandError(
             f"Cannot write {path}: {error.strerror}. Name another place."
         ) from error
-
-
-def _are_same(one: Path, other: Path) -> bool:
-    return other.exists() and one.samefile(other)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,21 @@ from bn_callbacks.report import RecalibrationReport, plain
 
 def run(options: argparse.Namespace) -> int:
     """Recalibrates and saves; returns 1 if the old statistics were better."""
+    return replace_statistics(options, lambda model: recalibrate(model, options)[0])
+
+
+def replace_statistics(
+    options: argparse.Namespace, act: Callable[[keras.Model], RecalibrationReport]
+) -> int:
+    """Loads the model, and saves the statistics that `act` gives it.
+
+    Args:
+        options: The command's options.
+        act: Changes the model's statistics, and prints its report if that is wanted.
+
+    Returns:
+        0 if they were saved, 1 if `act` has found the old ones to be better.
+    """
 
     def load_again(path: Path) -> keras.Model:
         return load(path, options.custom_objects, is_trusted=options.unsafe)
@@ -29,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     source = Path(options.model)
     model = load_again(source)
     saved = SavedStatistics(source, model, load_again)
-    report, _ = recalibrate(model, options)
+    report = act(model)
     path = source if options.in_place else Path(options.output)
     if report.committed:
         with replacing(path, options.written) as new:

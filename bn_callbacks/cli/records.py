@@ -18,6 +18,7 @@ import tensorflow as tf
 from bn_callbacks.cli.arrays import as_fit_takes_them
 from bn_callbacks.cli.errors import CommandError, text_of
 from bn_callbacks.cli.explained import Explained
+from bn_callbacks.cli.options import FEATURES
 from bn_callbacks.layers import InputLayout
 
 _HEADER, _FOOTER = 12, 4
@@ -31,11 +32,6 @@ ENCODINGS = ("raw", "tensor", "image")
 MAX_ELEMENTS = 2**28
 """Largest number of elements in a feature of one example: a gigabyte. TensorFlow would
 allocate more without checking the free memory."""
-
-EXAMPLE = (
-    '{"inputs": {"image": {"shape": [28, 28, 1], "dtype": "float32"}}, '
-    '"targets": {"label": {"shape": [], "dtype": "int64"}}}'
-)
 
 
 class Feature:
@@ -135,7 +131,7 @@ def read_records(
             f"{spec} does not fit the model, or its inputs and targets cannot be told "
             f"apart. Received: {', '.join(features)}. The model's inputs are "
             f"{', '.join(own[0])}, its outputs {', '.join(own[1])}. Say which feature "
-            f"is which, as in {EXAMPLE}"
+            f"is which, as in {FEATURES}"
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -253,6 +249,6 @@ def _read_spec(path: Path) -> tuple[dict[str, Feature], list[str], list[str]]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CommandError(
             f"{path} is no specification of features: {error}. It looks like this: "
-            f"{EXAMPLE}"
+            f"{FEATURES}"
         ) from error
     return features, inputs, targets

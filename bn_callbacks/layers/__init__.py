@@ -1,4 +1,4 @@
-"""The only rooms that know Keras' internals, which change with every release."""
+"""The only modules that use Keras' internals, which change with every release."""
 
 from bn_callbacks.layers.calls import Calls, CallWatch, calls_of
 from bn_callbacks.layers.facts import (
@@ -6,10 +6,9 @@ from bn_callbacks.layers.facts import (
     LossMetric,
     count_inputs,
     has_own_train_step,
-    is_stale,
+    is_trainable_stale,
     iterations,
     pinned_in_graph,
-    replicas,
     steps_made,
     steps_per_execution,
     strategy,
@@ -87,7 +86,7 @@ __all__ = [
     "has_own_train_step",
     "input_layout",
     "is_built",
-    "is_stale",
+    "is_trainable_stale",
     "iterations",
     "leave_evaluations",
     "lend",
@@ -96,7 +95,6 @@ __all__ = [
     "pinned_in_graph",
     "read",
     "read_replicas",
-    "replicas",
     "restore",
     "runs_in_training_mode",
     "snapshot",

@@ -1,9 +1,9 @@
-"""How often one training step calls each BN layer: observed, not assumed.
+"""Observes how often one training step calls each BN layer.
 
-In a graph of layers the calls can be counted, in a custom `train_step` they cannot:
+In a graph of layers the calls could be counted, in a custom `train_step` they cannot:
 SimCLR calls its encoder on two views, a GAN its discriminator on two kinds of pictures.
-So the layers are watched while the first step of a training is traced (or run, where it
-is not traced). Watching them changes nothing that is computed.
+So this module watches the layers while the first step of a training is traced, or run
+if it is not traced. Watching changes nothing that is computed.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from bn_callbacks.layers.own_call import OwnCall, own_call
 
 @dataclass(frozen=True)
 class Calls:
-    """What one training step does with a BN layer.
+    """What one training step does with a BN layer; None for what was not seen.
 
     Args:
-        updates: Updates of its moving averages; None where it could not be seen.
-        is_called: Whether anything called it; None where it could not be seen.
-        trains: Whether a call used the statistics of a batch; None likewise.
+        updates: How often it updates the moving averages.
+        is_called: Whether it calls the layer.
+        trains: Whether a call uses the statistics of a batch.
     """
 
     updates: int | None
@@ -45,7 +45,7 @@ STEP = "one_step_on_data"
 
 @dataclass(eq=False)
 class _Tally:
-    """The calls in one traced function, or in what runs untraced."""
+    """The calls in one traced function, or of all that runs untraced."""
 
     graph: Any
     called: Counter[keras.layers.Layer] = field(default_factory=Counter)
@@ -66,7 +66,7 @@ class CallWatch:
         self._model = model
         self._layers = list(layers)
         self._thread = threading.current_thread()
-        # By the name of the outermost function, and the thread of the replica.
+        # The keys: name of the outermost function, and thread of the replica.
         self._tallies: dict[tuple[str, int], _Tally] = {}
         self.is_watching = False
 
@@ -84,7 +84,7 @@ class CallWatch:
         """Stops watching, and keeps what was seen for the next training.
 
         Args:
-            steps: Steps that were made in between.
+            steps: Steps made since `begin`.
         """
         self.is_watching = False
         for bn in self._layers:
@@ -97,7 +97,7 @@ class CallWatch:
         parts: dict[str, _Tally] = {}
         for (name, _), tally in self._tallies.items():
             if not is_fit or name == STEP:
-                # Replicas do the same, each in a thread of its own.
+                # All replicas do the same, each in its own thread: one is enough.
                 parts.setdefault(name, tally)
         if not parts or not steps:
             return
@@ -122,7 +122,7 @@ class CallWatch:
         Args:
             layer: The layer.
             is_update: Whether it is an update.
-            is_told: Whether it is a call with `training=True`.
+            is_told: Whether the call has `training=True`.
         """
         if getattr(_own, "is_calling", False):
             return
@@ -137,7 +137,7 @@ class CallWatch:
         key = name, threading.get_ident()
         tally = self._tallies.get(key)
         if tally is None or tally.graph is not root:
-            # TensorFlow traces a function anew if the first time made variables.
+            # TensorFlow traces a function again if the first trace made variables.
             if name == STEP:
                 old = [k for k, v in self._tallies.items() if v.graph is not root]
                 for each in (each for each in old if each[0] == STEP):
@@ -146,14 +146,14 @@ class CallWatch:
         (tally.updated if is_update else tally.called)[layer] += 1
         if is_told:
             tally.told.add(layer)
-        # In a loop, or a function run often, one traced update is several.
+        # In a loop or an inner function, one traced update may run several times.
         if is_update and graphs and graphs[0] is not root:
             tally.unsure.add(layer)
 
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Inside, this library calls the model, which is no step of anybody's training."""
+    """Inside, calls do not count: this library makes them, not a training."""
     before = getattr(_own, "is_calling", False)
     _own.is_calling = True
     try:
@@ -168,11 +168,11 @@ _listeners: WeakKeyDictionary[keras.layers.Layer, list[CallWatch]] = WeakKeyDict
 _NAMES = {"call": False, "_moments": True}
 
 COUNTING = "is_counting"
-"""Marks what stands in for a method to count its calls, and changes nothing in them."""
+"""Marks a replacement of a method that only counts its calls."""
 
 
 def _replace(layer: keras.layers.Layer, listeners: list[CallWatch]) -> None:
-    """Makes a layer tell of its calls, past `__setattr__` and its side effects."""
+    """Replaces a layer's methods by counting ones, without `__setattr__`'s effects."""
 
     def counting(own: Callable[..., Any], is_update: bool) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -202,11 +202,11 @@ def _restore(layer: keras.layers.Layer) -> None:
 
 
 UNTRACED = ""
-"""Stands for the name of a function where operations run at once."""
+"""In place of a function's name, for what runs untraced."""
 
 
 def _graphs() -> list[Any]:
-    """The functions being traced, the innermost first; none where all runs at once."""
+    """The functions that are being traced, the innermost first."""
     graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     graphs = []
     while getattr(graph, "outer_graph", None) is not None:
@@ -215,15 +215,15 @@ def _graphs() -> list[Any]:
     return graphs
 
 
-# The train function of each model, and what was seen when it was traced.
+# For each model, its train function and what was seen when it was traced.
 _seen: WeakKeyDictionary[keras.Model, tuple[Any, _Tally]] = WeakKeyDictionary()
 
 
 def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls]:
-    """What a training step does with each layer, as far as it was seen.
+    """What a training step does with each layer, as far as that was seen.
 
-    If it was not seen, as the step had been traced before, the calls are counted in the
-    graph of layers; with a custom `train_step` they are unknown.
+    If the step was traced before anything watched, calls are counted in the graph of
+    layers; with a custom `train_step` they are unknown.
     """
     function, tally = _seen.get(model, (None, None))
     current = getattr(model, "train_function", None)
@@ -245,7 +245,7 @@ def calls_of(model: keras.Model, layers: Sequence[BatchNormLayer]) -> list[Calls
 
 
 def _trains_silently(bn: BatchNormLayer, is_told: bool) -> bool | None:
-    """Whether a layer uses batches without asking for their statistics."""
+    """Whether a layer uses the batch, but computes its statistics by itself."""
     kind = own_call(bn.layer)
     if kind in (OwnCall.ASKS, OwnCall.NEVER) or not (is_told and bn.trainable):
         return False

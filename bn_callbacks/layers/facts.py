@@ -1,4 +1,4 @@
-"""Facts about a model that is trained: its steps, its graph, its optimizer."""
+"""Finds facts about a model in training: its steps, its graph, its optimizer."""
 
 import math
 from typing import Any
@@ -35,29 +35,24 @@ def takes_training(model: keras.Model) -> bool:
     return bool(model._call_has_training_arg)
 
 
-def is_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
+def is_trainable_stale(model: keras.Model, bn: BatchNormLayer) -> bool:
     """Whether `trainable` was changed after `compile`, as far as Keras remembers."""
     compiled = getattr(model, "_compiled_trainable_state", None) or {}
     return bn.layer in compiled and bool(compiled[bn.layer]) != bn.trainable
 
 
 def strategy(model: keras.Model) -> tf.distribute.Strategy | None:
-    """The strategy in whose scope the model was made; None for none."""
+    """The distribution strategy in whose scope the model was made, or None."""
     return getattr(model, "_distribute_strategy", None)
 
 
 def team_of(model: keras.Model) -> Team:
-    """Those who train the model together, and share a pass over data."""
+    """The replicas and workers that train the model, and share passes over data."""
     return Team(strategy(model))
 
 
-def replicas(model: keras.Model) -> int:
-    """Number of replicas that the model is trained on."""
-    return int(getattr(strategy(model), "num_replicas_in_sync", 1))
-
-
 def has_own_train_step(model: keras.Model) -> bool:
-    """Whether the model makes its training steps itself."""
+    """Whether the model has a `train_step` of its own."""
     return type(model).train_step is not keras.Model.train_step
 
 
@@ -69,16 +64,16 @@ class LossMetric:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        # Found once, for Keras walks through all layers to list the metrics.
+        # Found once: to list the metrics, Keras walks through all layers.
         means = (each for each in model.metrics if isinstance(each, keras.metrics.Mean))
         found = next((mean for mean in means if mean.name == "loss"), None)
         self._loss = found if _COUNTS_EXAMPLES else None
 
     def examples(self) -> float | None:
-        """Examples since the epoch began.
+        """Examples since the epoch began; None if unknown.
 
-        None where it cannot be known: Keras before 3.3 counts batches, and a model with
-        its own `train_step` may count nothing.
+        Keras before 3.3 counts batches instead, and a model with its own `train_step`
+        may count nothing.
         """
         if self._loss is None:
             return None
@@ -89,37 +84,37 @@ _COUNTS_EXAMPLES = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 3)
 
 
 SAMPLED_WEIGHTS = 64
-"""Variables looked at in a fingerprint, spread over the model."""
+"""Variables in a fingerprint, spread over the model."""
 
 SAMPLED_VALUES = 256
-"""Values looked at in each of them, the first."""
+"""The first so many values of each are in the fingerprint."""
 
 REPLACED = 0.01
-"""Relative change from which weights count as replaced: averages of weights that rest
-differ by a ten-thousandth and do no harm, those of weights that move by a tenth
-(tests/benchmarks/limits.py)."""
+"""Relative change from which weights count as replaced. Averages of weights that rest
+differ by a ten-thousandth and do no harm; averages of weights that move differ by a
+tenth (tests/benchmarks/limits.py)."""
 
 
 class Fingerprint:
     """Tells whether the weights of a model have been replaced.
 
-    Averaging or restoring changes all of them, a constraint of somebody's own perhaps
-    a single matrix: each matrix is held against itself. Vectors, which may be next to
-    nothing, are held against all weights together.
+    Averaging or restoring changes all weights; a user's own constraint may change a
+    single matrix. So the change of each matrix is compared with its own size. Vectors
+    may be tiny, so their change is compared with the size of all weights.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        # Matrices first, for vectors say little.
+        # Matrices first, since vectors say little.
         variables = sorted(model.trainable_variables, key=lambda v: len(v.shape) < 2)
         every = math.ceil(len(variables) / SAMPLED_WEIGHTS) or 1
         self._values = [variable.value for variable in variables[::every]]
 
     def __call__(self) -> list[NDArray[np.float64]]:
         """The sample, as it is now: a part of each variable."""
-        # Not compiled: a trace in each `fit` would cost more than it would save.
+        # Not compiled: tracing in each `fit` would cost more than it saves.
         return [
             tf.reshape(value, [-1])[:SAMPLED_VALUES].numpy().astype(np.float64)
             for value in self._values
@@ -134,7 +129,7 @@ class Fingerprint:
         return changed or bool((change > REPLACED * size)[is_matrix].any())
 
     def is_same(self, before: list[NDArray[np.float64]]) -> bool:
-        """Whether nobody has touched the weights since a sample was taken."""
+        """Whether the weights are equal to those of a sample, bit for bit."""
         pairs = zip(before, self(), strict=True)
         return all(np.array_equal(old, new, equal_nan=True) for old, new in pairs)
 
@@ -142,7 +137,7 @@ class Fingerprint:
 def _change(
     before: list[NDArray[np.float64]], now: list[NDArray[np.float64]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How far each variable has gone, and how large it was."""
+    """How much each variable has changed, and how large it was."""
     with np.errstate(all="ignore"):
         pairs = zip(before, now, strict=True)
         change = [np.linalg.norm(new - old) for old, new in pairs]
@@ -150,7 +145,7 @@ def _change(
 
 
 def count_inputs(model: keras.Model) -> int | None:
-    """The number of input tensors the model was built for, where it is known."""
+    """The number of input tensors of the model; None if unknown."""
     # Keras 3.0 raises for a model without inputs yet.
     inputs = getattr(model, "inputs", None) if model.built else None
     if inputs is not None:
@@ -170,7 +165,7 @@ def raw_iterations(model: keras.Model) -> Any:
 
 
 def steps_made(model: keras.Model) -> int:
-    """Training steps the model's optimizer has seen, micro-batches included."""
+    """Training steps that the optimizer has counted, micro-batches included."""
     counter = raw_iterations(model)
     return 0 if counter is None else int(counter.value.numpy())
 
@@ -189,5 +184,5 @@ def uses_ema(model: keras.Model) -> bool:
 
 
 def steps_per_execution(model: keras.Model) -> int:
-    """Training steps that one execution of the train function makes at most."""
+    """Largest number of training steps in an execution of the train function."""
     return int(getattr(model, "steps_per_execution", None) or 1)

@@ -1,4 +1,4 @@
-"""Finding the BN layers of a model, and what each of them is."""
+"""Finds the BN layers of a model."""
 
 import functools
 import re
@@ -17,18 +17,17 @@ from bn_callbacks.names import printable
 from bn_callbacks.statistics.moments import Statistics
 
 RESOLUTION = 1e-6
-"""Least σ, and least ratio of it to the mean, that float32 can divide by."""
+"""Smallest σ, and smallest ratio of σ to the mean, that float32 can divide by."""
 
 LOW_PRECISION = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-
+"""Machine epsilons of the dtypes with less precision than float32."""
 
 LayerSelection: TypeAlias = (
     str | re.Pattern[str] | Callable[[Any], bool] | Iterable[Any] | None
 )
 
-
 MomentsFunction: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
-"""Stands in for a layer's `_moments(inputs, mask)`."""
+"""Replaces a layer's `_moments(inputs, mask)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +37,10 @@ class BatchNormLayer:
     Args:
         path: Unique path of the layer in its model.
         layer: The Keras layer.
-        calls: Updates of its moving averages in one training step: 1, or more
-            for a layer that a functional model calls several times.
-        named: Whether the user asked for this layer by its name, so that it
-            is worked on although it is frozen.
+        calls: How often a training step updates its moving averages: 1, or more for a
+            layer that a functional model calls several times.
+        named: Whether the user asked for this layer by name, so that being frozen does
+            not matter.
     """
 
     path: str
@@ -56,7 +55,7 @@ class BatchNormLayer:
 
     @property
     def epsilon(self) -> float:
-        """What the layer adds to a variance."""
+        """The number that the layer adds to a variance."""
         return float(self.layer.epsilon)
 
     @property
@@ -66,12 +65,12 @@ class BatchNormLayer:
 
     @property
     def synchronized(self) -> bool:
-        """Whether replicas use the statistics of the batches of all of them."""
+        """Whether each replica uses the statistics of the batches of all replicas."""
         return bool(self.layer.synchronized)
 
     @property
     def channels(self) -> int:
-        """Length of the layer's statistics."""
+        """Number of the layer's channels."""
         return int(self.layer.moving_mean.shape[0])
 
     @property
@@ -81,7 +80,7 @@ class BatchNormLayer:
 
     @property
     def precision(self) -> float | None:
-        """Machine epsilon of the statistics' dtype, if that is less than float32."""
+        """Machine epsilon of a dtype less precise than float32; otherwise None."""
         return LOW_PRECISION.get(self.layer.moving_mean.dtype)
 
     @property
@@ -91,7 +90,7 @@ class BatchNormLayer:
         return self.layer.moving_mean, getattr(self.layer, second)
 
     def statistics(self, averages: NDArray[np.float64]) -> Statistics:
-        """Mean and variance from the two averages, an array `(2, channels)`."""
+        """Converts the two averages, an array `(2, channels)`, to mean and variance."""
         mean, second = averages
         if self.renorm:
             second = np.square(second) - self.epsilon
@@ -106,7 +105,7 @@ class BatchNormLayer:
 
     @property
     def variables(self) -> list[Any]:
-        """Every variable that `assign` may write."""
+        """All variables that `assign` may write."""
         layer = self.layer
         variables = [layer.moving_mean, layer.moving_variance]
         if self.renorm:
@@ -116,11 +115,11 @@ class BatchNormLayer:
     def new_state(
         self, statistics: Statistics, in_training: bool
     ) -> list[tuple[Any, NDArray[Any]]]:
-        """The values that make the layer use `statistics`, in its own dtypes.
+        """Returns each variable to write, with its value in the layer's own dtype.
 
-        With renormalisation the next step would rewrite the variance from
-        `moving_stddev`, which is therefore written too; and `in_training` also the
-        averages towards which it corrects batches.
+        With renormalisation, the next training step would rewrite the variance from
+        `moving_stddev`, so `moving_stddev` is among them; `in_training`, so are the
+        averages towards which the layer corrects batches.
 
         Raises:
             ValueError: A value is not finite in the layer's own dtype.
@@ -148,7 +147,7 @@ class BatchNormLayer:
         return new
 
     def rounded(self, statistics: Statistics) -> Statistics:
-        """`statistics` as the layer holds them, in its own dtype.
+        """Rounds statistics as the layer stores them.
 
         Raises:
             ValueError: A value is not finite in that dtype.
@@ -159,10 +158,11 @@ class BatchNormLayer:
     def as_read(
         self, mean: Any, variance: Any, dtype: Any, is_stored: Any
     ) -> tuple[Any, Any]:
-        """Tensors as a call reads them: of batches, or of the moving statistics.
+        """Rounds a mean and a variance as a call of the layer would read them.
 
-        The layer's dtype rounds what it stores, and with a mixed policy of Keras
-        before 3.3 reading rounds it once more.
+        Statistics of a batch have the dtype `dtype`. Stored ones (`is_stored`) are
+        rounded to the layer's own dtype first; with a mixed policy in Keras before 3.3,
+        reading rounds them once more.
         """
         used = tf.cast(mean, dtype), tf.cast(variance, dtype)
         layer = self.layer
@@ -179,26 +179,26 @@ class BatchNormLayer:
 
     @property
     def has_floor(self) -> bool:
-        """Whether a variance of 0 would make the layer's output not a number."""
+        """Whether a variance of 0 would make the layer's output NaN or infinite."""
         return self.epsilon < RESOLUTION**2
 
     def floor(self, mean: Any) -> Any:
-        """The smallest variance that the layer can divide by, where it has no epsilon.
+        """The smallest variance that a layer without epsilon can divide by.
 
-        Keras computes `x/σ − mean/σ`, which rounding spoils if σ is less than some
-        1e-5 of the mean.
+        Keras computes `x/σ − mean/σ`, which is all rounding error if σ is less than
+        about 1e-5 of the mean.
         """
         return (RESOLUTION * mean) ** 2 + RESOLUTION**2
 
 
 def check_model(model: Any) -> None:
-    """Raises a clear error for a model that this library cannot work on."""
+    """Raises an error for a model that this library does not support."""
     check_keras(model)
     _check_distribution(model)
 
 
 def check_keras(model: Any) -> None:
-    """Raises a clear error for anything but a Keras 3 model on TensorFlow."""
+    """Raises an error for anything but a Keras 3 model on TensorFlow."""
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
             "bn_callbacks works on Keras' TensorFlow backend only. Received: "
@@ -265,8 +265,8 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
             layer, a predicate `layer -> bool`, or a list of these.
 
     Returns:
-        The layers found; an empty list where the model has no BN layer. Layers that
-        a built model never uses have no statistics, and are left out.
+        The layers; an empty list if the model has none. Layers that a built model never
+        uses have no statistics, and are left out.
 
     Raises:
         ValueError: The model is not built, or `layers` selects nothing.
@@ -286,10 +286,10 @@ def find(model: keras.Model, layers: LayerSelection = None) -> list[BatchNormLay
     seen: Counter[str] = Counter()
     everything = []
     for layer in found:
-        # Keras before 3.3 gives paths to variables only.
+        # Before Keras 3.3, only variables have paths.
         path = getattr(layer, "path", None)
         path = path or layer.moving_mean.path.rpartition("/")[0] or layer.name
-        # A name may come from a stranger's file, and is shown in tables and messages.
+        # Tables and messages show the name, which may come from a stranger's file.
         path = printable(path)
         seen[path] += 1
         if seen[path] > 1:
@@ -362,14 +362,14 @@ def _matches(bn: BatchNormLayer, selector: Any) -> bool:
             ) from error
     if isinstance(selector, keras.layers.Layer):
         return False
-    # A class, such as BatchNormalization itself, would be called as well.
+    # A class, such as BatchNormalization itself, is callable but no predicate.
     if callable(selector) and not isinstance(selector, type):
         return bool(selector(bn.layer))
     raise _no_selector(selector)
 
 
 def _initial(initializer: Any, channels: int) -> NDArray[np.float64]:
-    # Hundreds of layers have these two, and TensorFlow takes 0.1 ms for each.
+    # TensorFlow takes 0.1 ms for each, and hundreds of layers have these two.
     for usual, value in ((keras.initializers.Zeros, 0), (keras.initializers.Ones, 1)):
         if type(initializer) is usual:
             return np.full(channels, value, np.float64)
@@ -380,15 +380,15 @@ def _initial(initializer: Any, channels: int) -> NDArray[np.float64]:
 def _calls(layer: keras.layers.Layer) -> Counter[int]:
     """How often one call of `layer` calls each BN layer, by `id`.
 
-    Exact for graphs of layers. A hand-written `call` cannot be counted from
-    outside; each of its layers is taken to be called once.
+    This is exact for graphs of layers. In a hand-written `call`, each layer is assumed
+    to be called once.
     """
     if isinstance(layer, keras.layers.BatchNormalization):
         return Counter({id(layer): 1})
     if isinstance(layer, keras.Sequential):
         children = list(layer.layers)
     elif isinstance(layer, keras.layers.TimeDistributed):
-        # One call a time step, as many as the input was built with.
+        # One call for each time step of the input that it was built with.
         steps = (layer.get_build_config() or {}).get("input_shape", (None,) * 2)[1]
         return Counter(
             {key: count * (steps or 1) for key, count in _calls(layer.layer).items()}

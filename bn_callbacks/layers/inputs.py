@@ -1,4 +1,4 @@
-"""What a model takes as its inputs."""
+"""Finds out what a model takes as its inputs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,9 @@ class InputLayout:
 
     Args:
         names: A name for each input.
-        shapes: The shape of each, the batch's axis included; unknown sizes are None.
-        is_dict: Whether they come as a dictionary.
+        shapes: The shape of each, including the axis of the batch; None for sizes that
+            are unknown.
+        is_dict: Whether the model takes a dictionary.
     """
 
     names: tuple[str, ...]
@@ -27,11 +28,11 @@ class InputLayout:
 
 
 def input_layout(model: keras.Model) -> InputLayout | None:
-    """What a model takes, in its own order; None where that cannot be known."""
+    """What a model takes, in its own order; None if unknown."""
     inputs = getattr(model, "inputs", None) if model.built else None
     if inputs is None:
         return _as_built(model)
-    # A sequential model that nobody has called has no `input` before Keras 3.1.
+    # Before Keras 3.1, a sequential model has no `input` until it is called.
     structure = inputs if isinstance(model, keras.Sequential) else model.input
     if isinstance(structure, dict):
         names = sorted(structure)
@@ -66,14 +67,14 @@ def _as_built(model: keras.Model) -> InputLayout | None:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether it is the shape of one input, rather than a structure of shapes."""
+    """Whether a value is the shape of one input, rather than a structure of shapes."""
     return isinstance(value, (tuple, list)) and not any(
         isinstance(size, (tuple, list, dict)) for size in value
     )
 
 
 def to_model_inputs(model: keras.Model, x: Any) -> list[Any]:
-    """Inputs as the model's own graph takes them: flat, in its order and its dtypes."""
+    """The inputs as the model's graph takes them: flat, in its order and dtypes."""
     graph = getattr(model, "_functional", model)
     if hasattr(graph, "_standardize_inputs"):
         return list(graph._standardize_inputs(x))

@@ -1,8 +1,8 @@
-"""Lending a model other statistics for the length of one evaluation.
+"""Lends a model other statistics for one evaluation.
 
-After an exception Keras calls no hook any more, neither `on_test_end` nor
-`on_train_end`. But `fit` validates by `self.evaluate`, and a `finally` around that is
-passed whatever happens inside: in a hook, in the data, in the model, or on Ctrl-C.
+After an exception Keras calls neither `on_test_end` nor `on_train_end`. But `fit`
+validates with `self.evaluate`, and a `finally` around that runs whatever happens
+inside: in a hook, in the data, in the model, or on Ctrl-C.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ class _Lender:
     """What is lent to one model.
 
     Attributes:
-        depth: Calls of `evaluate` that run, one within the other.
-        own: The model's own statistics, while others are in their place.
-        lent: Those others.
-        lent_at: The depth of the call that got the loan.
+        depth: Number of nested calls of `evaluate` that are running.
+        own: The model's own statistics, while it has others.
+        lent: The others.
+        lent_at: The depth of the call for which they were lent.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ _lenders: WeakKeyDictionary[keras.Model, _Lender] = WeakKeyDictionary()
 
 
 def watch_evaluations(model: keras.Model) -> None:
-    """From now on, an evaluation ends with the statistics that it began with."""
+    """Makes every evaluation end with the statistics that it began with."""
     lender = _lenders.setdefault(model, _Lender())
     evaluate = model.evaluate
     if hasattr(evaluate, "instead_of"):
@@ -58,9 +58,9 @@ def watch_evaluations(model: keras.Model) -> None:
                 _end(model, lender)
                 raise
 
-    # What stood in the place of the method before, if anything did.
+    # An attribute that has replaced the method before, if any.
     watched.instead_of = vars(model).get("evaluate")  # type: ignore[attr-defined]
-    # Past Keras, which would look for variables in whatever becomes an attribute.
+    # Not by `setattr`: Keras would search the function for variables.
     vars(model)["evaluate"] = watched
 
 
@@ -81,7 +81,7 @@ def leave_evaluations(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def lend(model: keras.Model) -> Iterator[None]:
-    """What is written into the model inside is lent, until `give_back`."""
+    """Lends what the block writes into the model, until `give_back`."""
     lender = _lenders.setdefault(model, _Lender())
     if lender.own is None:
         lender.lent_at = lender.depth
@@ -91,12 +91,12 @@ def lend(model: keras.Model) -> Iterator[None]:
 
 
 def give_back(model: keras.Model, *, is_late: bool = False) -> None:
-    """Puts back what the model had before `lend`, if that has not been done yet.
+    """Restores what the model had before `lend`, unless that has been done.
 
     Args:
         model: The model.
-        is_late: Whether the evaluation has ended some time ago, and others may have
-            written statistics since then, which stay.
+        is_late: Whether the evaluation ended some time ago. Statistics that others have
+            written since then stay.
     """
     lender = _lenders.get(model)
     if lender is None or lender.own is None:

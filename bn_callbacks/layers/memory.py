@@ -1,4 +1,4 @@
-"""What is kept for a model between calls, and is freed with the model."""
+"""Keeps things for a model between calls, and frees them with the model."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from bn_callbacks.layers.find import BatchNormLayer
 _NAME = "bn_callbacks_memory"
 
 KEPT = 4
-"""Things remembered for a model, at most."""
+"""Largest number of things kept for a model."""
 
-# Attributes that change while a model is used, without changing what a call computes.
+# Attributes that change when a model is used, but not what a call computes.
 _PASSING = {
     "_call_context_args",
     "_called",
     "_eval_epoch_iterator",
     "_loss_ids",
     "_losses",
-    "evaluate",  # which may be wrapped while callbacks of ours validate
+    "evaluate",  # Our callbacks wrap it while they validate.
     "history",
     "optimizer",
     "predict_function",
@@ -33,11 +33,11 @@ _PASSING = {
 
 
 def memory_of(layers: Sequence[BatchNormLayer]) -> dict[Hashable, Any]:
-    """Where things that belong to a model can be kept; they live as long as it does.
+    """Returns the dictionary of things that are kept for a model.
 
-    They may refer to the model themselves, which keys and values of a
-    `WeakKeyDictionary` may not. So the memory hangs on a variable of the model, where
-    neither Keras nor TensorFlow looks for anything.
+    They live as long as the model does, even if they refer to it: in a
+    `WeakKeyDictionary` they would keep it alive. So the dictionary is an attribute of
+    one of the model's variables, where neither Keras nor TensorFlow looks.
     """
     if not layers:
         return {}
@@ -49,11 +49,11 @@ def memory_of(layers: Sequence[BatchNormLayer]) -> dict[Hashable, Any]:
 
 
 def structure_of(model: keras.Model) -> Hashable:
-    """Equal for two calls if a function of the model that was traced stays right.
+    """Returns a key that stays equal as long as a traced function stays right.
 
     It changes with a layer, and with any attribute of a layer that is a plain value, a
-    function, a variable or an object, such as `trainable`, `rate` or `activation`;
-    not with what changes inside such an object.
+    function, a variable or an object, such as `trainable`, `rate` or `activation`. It
+    does not change with the content of such an object.
     """
     return tuple(
         (_Same(layer), frozenset(_attributes(layer).items()))
@@ -71,7 +71,7 @@ def _attributes(layer: keras.layers.Layer) -> dict[str, "str | _Same"]:
 
 
 class _Same:
-    """Equal to itself alone; holds its object, so that no other gets its identity."""
+    """Compares objects by identity, and keeps them, so that no `id` is reused."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Running a model with its BN layers in a mode of our own; nothing is written."""
+"""Runs a model with its BN layers in another mode, and writes nothing."""
 
 import contextlib
 import functools
@@ -21,20 +21,20 @@ from bn_callbacks.layers.own_call import OwnCall, own_call
 def runs_in_training_mode(
     model: keras.Model, layers: Sequence[BatchNormLayer], inputs: Any
 ) -> list[bool | None]:
-    """Whether `fit` would run each layer on batch statistics.
+    """Finds out whether `fit` would run each layer on batch statistics.
 
-    Follows the model's own call as a training step makes it, on symbolic
-    inputs; nothing is computed and nothing in the model changes.
+    Traces the model's own call as a training step makes it, on symbolic inputs. Nothing
+    is computed, and nothing in the model changes.
 
     Args:
         model: The model.
-        layers: The layers asked about.
+        layers: The layers.
         inputs: A structure of `tf.TensorSpec`.
 
     Returns:
         For each layer, whether any of its calls asks for the statistics of a batch,
-        as a frozen layer does not; or None if nothing calls it. For a layer asked
-        for by its name, whether it does so when it is forced to.
+        which a frozen layer does not; None if nothing calls it. For a layer that the
+        user named, whether it does so when training mode is forced.
     """
     if _is_plain(model) and not pinned_in_graph(model):
         return [bn.named or bn.trainable for bn in layers]
@@ -71,7 +71,7 @@ def runs_in_training_mode(
 
 
 def _standing_in(bn: BatchNormLayer) -> Callable[..., Any]:
-    """The layer's `call`, or Keras', where it does the same and does not tell."""
+    """The layer's `call`; or that of Keras, if it does the same and uses `_moments`."""
     own: Callable[..., Any] = bn.layer.call
     if own_call(bn.layer) is OwnCall.ALIKE:
         own = keras.layers.BatchNormalization.call.__get__(bn.layer)
@@ -79,9 +79,9 @@ def _standing_in(bn: BatchNormLayer) -> Callable[..., Any]:
 
 
 def _is_plain(layer: keras.layers.Layer) -> bool:
-    """Whether a layer surely runs all BN layers in it, with the `training` it gets.
+    """Whether a layer surely runs all its BN layers, with the `training` that it gets.
 
-    Keras' own layers and graphs of them do. Of others only a trace can tell.
+    Keras' own layers, and graphs of them, do. For others only a trace can tell.
     """
     if isinstance(layer, keras.layers.BatchNormalization):
         return _is_keras(type(layer).call)
@@ -121,11 +121,11 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
 
     Args:
         model: The model to be called.
-        salt: A whole number, as a tensor, that makes dropout, noise and
-            augmentation draw anew. As no seed advances, they draw the same each
-            time without it.
+        salt: A whole number, as a tensor, that changes what dropout, noise and
+            augmentation draw. Without it they draw the same each time, since no seed
+            advances.
     """
-    # Keras finds values to regularise only where the scope maps them.
+    # Keras regularises only variables that the scope maps.
     mapping = [
         (variable, variable.value)
         for variable in model.trainable_variables
@@ -142,15 +142,15 @@ def stateless(model: keras.Model, salt: Any = None) -> Iterator[None]:
 
 
 def forget_penalties() -> None:
-    """Inside `stateless`: drops what layers have added to the loss so far."""
+    """Drops what layers have added to the loss so far; for use inside `stateless`."""
     get_stateless_scope().losses.clear()
 
 
 def compute_loss(model: keras.Model, batch: tuple[Any, Any, Any], outputs: Any) -> Any:
-    """The loss as `evaluate` computes it of a batch `(x, y, sample_weight)`."""
+    """Computes the loss of a batch `(x, y, sample_weight)` as `evaluate` does."""
     x, y, sample_weight = batch
     arguments = {"x": x, "y": y, "y_pred": outputs, "sample_weight": sample_weight}
-    # Since Keras 3.3; a user's own method may still be without it.
+    # Since Keras 3.3; a user's own method may not have it.
     if "training" in inspect.signature(model.compute_loss).parameters:
         arguments["training"] = False
     return _unscaled(model.compute_loss(**arguments))
@@ -180,18 +180,18 @@ def batch_mode(
 ) -> Iterator[None]:
     """Makes `layers` normalise with the statistics that `moments` returns.
 
-    Inside, and only for these layer objects, `training` is forced on, frozen
-    layers behave as unfrozen and renormalisation is off; the model's other BN layers
-    run in inference mode. Meant to surround the *tracing* of a function: the traced
-    graph keeps the behaviour, the layers get their attributes back.
+    Inside, `training` is forced on for these layers, frozen ones behave as unfrozen,
+    and renormalisation is off; the model's other BN layers run in inference mode. Use
+    it around the *tracing* of a function: the traced graph keeps the behaviour, and the
+    layers get their attributes back.
 
     Args:
         model: The model.
         layers: The layers.
-        moments: Maps a layer to its replacement of `_moments(inputs, mask)`.
-        fused: Maps a layer to a whole replacement of its computation,
-            `(inputs, mask) -> outputs or None`, for layers whose `call` is
-            Keras' own. `None` as its result means: compute it as usual.
+        moments: Makes a layer's replacement of `_moments(inputs, mask)`.
+        fused: Makes a replacement of a layer's whole computation,
+            `(inputs, mask) -> outputs`, for layers whose `call` is Keras' own. If it
+            returns `None`, the layer computes as usual.
     """
     starting: list[Any] = []
 
@@ -224,8 +224,8 @@ def batch_mode(
 
         @functools.wraps(own)
         def inner_loop(*args: Any, **kwargs: Any) -> Any:
-            # Before the loop, Keras tries the cell once to learn the output's shape:
-            # a call that nothing comes of, and whose input is not to be counted.
+            # Before the loop, Keras calls the cell once to learn the output's shape.
+            # The input of this call must not count.
             starting.append(tf.compat.v1.get_default_graph())
             try:
                 return own(*args, **kwargs)
@@ -254,16 +254,17 @@ def batch_mode(
 
 
 _replacing = threading.RLock()
-"""Held while attributes of layers are replaced: the second of two threads would take
-the first one's for the layer's own, and leave them behind."""
+"""Held while attributes of layers are replaced. Otherwise a second thread would take
+the first one's replacements for the layer's own, and leave them behind."""
 
 
 @contextlib.contextmanager
 def _attributes(changes: dict[keras.layers.Layer, dict[str, Any]]) -> Iterator[None]:
-    """Sets instance attributes and restores the instances' dictionaries.
+    """Sets attributes of layers, and restores them after the block.
 
-    Past `__setattr__`, which for a Keras layer has side effects. Threads that run
-    already, and may be predicting with the model, go on calling what it had.
+    Writes `vars(layer)`, since `setattr` has side effects in a Keras layer. Other
+    threads that are running, and may be predicting with the model, still call the
+    layers' own methods.
     """
     with _replacing:
         others = {*threading.enumerate()} - {threading.current_thread()}

@@ -1,8 +1,8 @@
-"""BN layers with a `call` of their own: what it does with `training=True`.
+"""Finds out what a BN layer with its own `call` does with `training=True`.
 
-Keras' own `call` asks `_moments` for the statistics of a batch, which is where this
-library counts updates and gives statistics of its own. Somebody's layer may compute
-them in another way, or not at all: it is tried, on a few numbers.
+Keras' `call` asks `_moments` for the statistics of a batch; there this library counts
+updates and provides other statistics. A user's layer may compute them in another way,
+or not at all. So its `call` is tried on a few numbers.
 """
 
 import enum
@@ -18,9 +18,9 @@ import tensorflow as tf
 class OwnCall(enum.Enum):
     """What a layer's `call` does in training mode."""
 
-    ASKS = "it asks `_moments`, as Keras' own does"
-    ALIKE = "it computes the statistics of a batch itself, and does the same with them"
-    NEVER = "it does what it does in inference mode"
+    ASKS = "it asks `_moments`, as Keras' does"
+    ALIKE = "it computes the same as Keras', but the statistics itself"
+    NEVER = "it computes what it computes in inference mode"
     UNKNOWN = "something else"
 
     @property
@@ -30,7 +30,7 @@ class OwnCall(enum.Enum):
 
 
 def own_call(layer: keras.layers.BatchNormalization) -> OwnCall:
-    """Finds out what a layer's `call` does in training mode; nothing is written."""
+    """Finds out what a layer's `call` does in training mode; writes nothing."""
     if type(layer).call is keras.layers.BatchNormalization.call:
         return OwnCall.ASKS
     if layer not in _found:
@@ -38,7 +38,7 @@ def own_call(layer: keras.layers.BatchNormalization) -> OwnCall:
             with tf.init_scope():
                 _found[layer] = _try(layer)
         except Exception:
-            # Whatever it needs, a few numbers are not enough.
+            # It needs something else than a few numbers.
             _found[layer] = OwnCall.UNKNOWN
     return _found[layer]
 
@@ -46,11 +46,11 @@ def own_call(layer: keras.layers.BatchNormalization) -> OwnCall:
 _found: WeakKeyDictionary[keras.layers.Layer, OwnCall] = WeakKeyDictionary()
 
 EXAMPLES, EXTENT = 8, 3
-"""Size of what it is tried on, in the first axis and in all others but the channels."""
+"""Sizes of the trial input: its first axis, and its other axes but the channels."""
 
 ROUGH = 1e-3
-"""Difference of outputs, in their standard deviations, up to which they are the same:
-rounding and another way to count degrees of freedom."""
+"""Largest difference of equal outputs, in their standard deviations; it allows for
+rounding and for an unbiased variance."""
 
 
 def _try(layer: keras.layers.BatchNormalization) -> OwnCall:
@@ -67,7 +67,7 @@ def _try(layer: keras.layers.BatchNormalization) -> OwnCall:
         asked.append(True)
         return ask(layer, *args, **kwargs)
 
-    # Past `__setattr__`, which for a Keras layer has side effects.
+    # Not by `setattr`, which has side effects in a Keras layer.
     state.update(_moments=moments, _trainable=True)
     try:
         with keras.StatelessScope():

@@ -1,4 +1,4 @@
-"""Reading and writing what BN layers store."""
+"""Reads and writes what BN layers store."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from bn_callbacks.statistics.moments import Statistics
 def read(layers: Sequence[BatchNormLayer]) -> list[Statistics]:
     """Reads the stored statistics of every layer as float64.
 
-    Where replicas differ, those of the first, which is what Keras reads and saves.
+    If replicas differ, reads those of the first, as Keras reads and saves them.
     """
     return [
         Statistics(
@@ -34,9 +34,10 @@ def read(layers: Sequence[BatchNormLayer]) -> list[Statistics]:
 def read_replicas(
     model: keras.Model, layers: Sequence[BatchNormLayer]
 ) -> list[list[Statistics]]:
-    """What each replica of all workers stores for each layer; empty for one replica.
+    """Reads what each replica of all workers stores for each layer.
 
-    For renormalising layers, as `BatchNormLayer.statistics` converts them.
+    Empty lists if there is only one replica. `BatchNormLayer.statistics` converts the
+    averages of renormalising layers.
     """
     reader = Reader(model, layers)
     if reader.team.size == 1:
@@ -50,7 +51,7 @@ def read_replicas(
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Everything that `assign` may change in some layers, copied: on each replica."""
+    """A copy of everything that `assign` may change in some layers, on each replica."""
 
     layers: list[BatchNormLayer]
     state: list[tuple[Any, NDArray[Any]]]
@@ -82,12 +83,12 @@ def assign(
     *,
     in_training: bool = True,
 ) -> None:
-    """Writes statistics into all layers, or into none; into every replica's copy.
+    """Writes statistics into all layers or none, on every replica.
 
     Args:
         layers: The layers.
-        values: What to write into each.
-        in_training: Whether renormalising layers are to train with them too.
+        values: The statistics for each layer.
+        in_training: Whether renormalising layers also train with them.
 
     Raises:
         ValueError: A value is not finite in the layer's own dtype.
@@ -112,7 +113,7 @@ def commit(
     wanted: Sequence[bool],
     team: Team,
 ) -> None:
-    """Writes statistics into the layers that are wanted, on all workers or on none.
+    """Writes statistics into the `wanted` layers, on all workers or none.
 
     Raises:
         ValueError: As `assign`.
@@ -130,30 +131,28 @@ def commit(
         raise
 
 
-# A number for what this library has last written into a layer. A moving average
-# that was written between two readings is no longer an average of batches.
+# A number for what this library has last written into a layer: an average that was
+# written between two readings is no average of batches.
 _versions: WeakKeyDictionary[keras.layers.Layer, int] = WeakKeyDictionary()
-
-
 _new_version = itertools.count(1)
 
 
 def versions(layers: Sequence[BatchNormLayer]) -> list[int]:
-    """A number for each layer: `assign` changes it, `restore` changes it back."""
+    """A number for each layer, which `assign` changes, and `restore` changes back."""
     return [_versions.get(bn.layer, 0) for bn in layers]
 
 
 class Reader:
     """Reads the moving averages of all layers as one vector.
 
-    Not compiled: with hundreds of layers a trace takes a second in each `fit`, to save
-    milliseconds a reading; with few layers it saves nothing.
+    It is not compiled: with hundreds of layers, tracing would take a second in each
+    `fit` and save milliseconds a reading; with few layers it would save nothing.
 
-    A reading has a row for each replica of all workers, which is one row without a
-    distribution strategy. All workers must read at the same time.
+    A reading has a row for each replica of all workers: one row without a distribution
+    strategy. All workers must read at the same time.
 
     Args:
-        model: The model; the count of its optimizer steps is read along.
+        model: The model; its optimizer's step count is read too.
         layers: The layers to read.
     """
 
@@ -168,9 +167,9 @@ class Reader:
         self._is_uniform = len({copy.dtype for copy in self._copies}) == 1
 
     def __call__(self) -> tuple[int | None, NDArray[np.float64]]:
-        """The optimizer's step count (None without one) and all averages.
+        """Reads the optimizer's step count (None without one) and all averages.
 
-        The latter of shape `(replicas, values)`.
+        The averages have the shape `(replicas, values)`.
         """
         step = None if self._counter is None else int(self._counter.numpy())
         parts = self._copies
@@ -181,14 +180,14 @@ class Reader:
         return step, rows.reshape(self.team.size, -1)
 
     def averages(self, flat: NDArray[np.float64], index: int) -> NDArray[np.float64]:
-        """One layer's two averages in each row, `(rows, 2, channels)`."""
+        """One layer's two averages, of shape `(rows, 2, channels)`."""
         part = flat[:, self._ends[index] : self._ends[index + 1]]
         return part.reshape(len(flat), 2, part.shape[1] // 2)
 
     def all_per_layer(self, flat: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """For each layer, whether all of its entries are true."""
+        """For each layer, whether all of its values are true."""
         return np.logical_and.reduceat(flat.all(axis=0), self._ends[:-1])
 
     def spread(self, per_layer: ArrayLike) -> NDArray[np.bool_]:
-        """Repeats one value a layer over that layer's entries."""
+        """Repeats one value for each layer over the values of that layer."""
         return np.repeat(per_layer, np.diff(self._ends))

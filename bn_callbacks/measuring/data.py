@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from bn_callbacks.arguments import check_whole, shown
 from bn_callbacks.distribution import copies
-from bn_callbacks.names import said
+from bn_callbacks.layers import input_layout
+from bn_callbacks.names import said, shortened
 
 # Data of unknown length must end within so many batches, so that an endless generator
 # raises an error instead of hanging. 10⁴ samples are plenty for statistics.
@@ -26,8 +27,6 @@ BATCH_SIZE = 32
 """Samples per batch of arrays, as in `fit`."""
 
 Batch = tuple[Any, Any, Any]
-
-_END = object()
 
 
 class Source(abc.ABC):
@@ -96,7 +95,7 @@ class Batches(Source):
                     f"{type(x).__name__}. Leave batch_size out."
                 )
             self._source, size = _iterable(x)
-        if size is None and steps is None and _is_endless(x):
+        if steps is None and is_endless(x):
             raise ValueError(
                 f"`x` is infinite. Received: {type(x).__name__} without end and "
                 "steps=None. Pass `steps`."
@@ -195,10 +194,13 @@ class Batches(Source):
             source = map(self._source.__getitem__, self._order)
         yield from list(self._kept)
         for index in itertools.count(len(self._kept)):
-            with _said_of(self._place(index)):
-                item = next(source, _END)
-            if item is _END:
+            try:
+                item = next(source)
+            except StopIteration:
                 return
+            except Exception as error:
+                _note(error, self._place(index))
+                raise
             yield item
 
 
@@ -235,15 +237,10 @@ class FirstBatches(Source):
         return self.batches.number(index)
 
 
-@contextlib.contextmanager
-def _said_of(index: int) -> Iterator[None]:
-    """Notes the number of a batch on any error that the user's own data raise."""
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
-        raise
+def _note(error: Exception, index: int) -> None:
+    """Adds the number of the batch to an error that the user's own data raise."""
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"Raised by batch {index} of `x`, counted from 0.")
 
 
 def _ran_out(size: int, steps: int) -> str:
@@ -267,10 +264,11 @@ def _is_array(leaf: Any) -> bool:
     return has_parts and hasattr(leaf, "shape") and len(leaf.shape) > 0
 
 
-def _is_endless(x: Any) -> bool:
+def is_endless(x: Any) -> bool:
+    """Whether data say of themselves that they have no end."""
     if isinstance(x, tf.data.Dataset):
         return bool(x.cardinality() == tf.data.INFINITE_CARDINALITY)
-    return isinstance(x, keras.utils.PyDataset)
+    return isinstance(x, keras.utils.PyDataset) and _num_batches(x) is None
 
 
 def _iterable(x: Any) -> tuple[Iterable[Any], int | None]:
@@ -315,17 +313,19 @@ def _to_tensors(item: Any, index: int) -> Batch:
         parts = keras.utils.unpack_x_y_sample_weight(item)
         if not any(leaf is not None for leaf in tf.nest.flatten(parts[0])):
             raise ValueError("There are no inputs in it.")
-        with _said_of(index):
-            return tuple(  # type: ignore[return-value]
-                None if part is None else tf.nest.map_structure(_to_tensor, part)
-                for part in parts
-            )
+        return tuple(  # type: ignore[return-value]
+            None if part is None else tf.nest.map_structure(_to_tensor, part)
+            for part in parts
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"Batch {index} of the data has no form that a model takes. Received: "
             f"{_describe(item)}. Give batches of x, (x, y) or (x, y, sample_weight), "
             "each an array or a structure of arrays."
         ) from error
+    except Exception as error:
+        _note(error, index)
+        raise
 
 
 def _to_tensor(leaf: Any) -> Any:
@@ -352,8 +352,11 @@ def open_specs(batch: Any) -> Any:
     return tf.nest.map_structure(spec, batch)
 
 
-# Keras, TensorFlow and a user's own `call` raise these for inputs of a wrong kind.
-_MISFITS = (
+MAX_SAID = 300
+"""Largest number of characters of Keras' own message in ours."""
+
+# Keras, TensorFlow and a user's own `call` raise these, for inputs of a wrong kind too.
+_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -364,25 +367,58 @@ _MISFITS = (
 
 
 @contextlib.contextmanager
-def fits(model_name: str, inputs: Any, index: int) -> Iterator[None]:
-    """Turns any error that Keras raises for unsuitable data into one clear error."""
+def naming_batch(model: keras.Model, inputs: Any, index: int) -> Iterator[None]:
+    """Makes errors of a model's call name the batch, and say if its shape is wrong.
+
+    Args:
+        model: The model.
+        inputs: The inputs of the batch.
+        index: The number of the batch.
+    """
     try:
         yield
     except tf.errors.OperatorNotAllowedInGraphError as error:
         raise ValueError(
             "The model cannot be traced, as its Python code asks for values of tensors "
-            f"that only run_eagerly=True would have. Received: model {model_name!r}. "
+            f"that only run_eagerly=True would have. Received: model {model.name!r}. "
             "Write its `call` with `keras.ops.cond` or `keras.ops.where` instead."
         ) from error
-    except _MISFITS as error:
+    except _ERRORS as error:
+        wanted = _misfit(model, inputs)
+        what = f"The model fails on batch {index} of the data."
+        do = "Check their structure and type, and the model's own code."
+        if wanted:
+            what = f"Batch {index} of the data does not fit the model."
+            do = "Pass data as `fit` takes them, in batches."
         shapes = tf.nest.map_structure(
             lambda leaf: None if leaf is None else tuple(leaf.shape), inputs
         )
         raise ValueError(
-            f"Batch {index} of the data does not fit the model. Received: inputs of "
-            f"shape {shapes} for model {model_name!r}. Pass data as `fit` takes them, "
-            f"in batches. Keras says: {said(error)[:300]}"
+            f"{what} Received: inputs of shape {shapes} for model {model.name!r}"
+            f"{wanted}. {do} Keras says: {shortened(said(error), MAX_SAID)}"
         ) from error
+
+
+def _misfit(model: keras.Model, inputs: Any) -> str:
+    """What the model takes, if these inputs have another shape; otherwise empty."""
+    layout = input_layout(model)
+    if layout is None:
+        return ""
+    leaves = [] if layout.is_dict else tf.nest.flatten(inputs)
+    if isinstance(inputs, dict):
+        leaves = [inputs[name] for name in layout.names if name in inputs]
+    if len(leaves) == len(layout.shapes):
+        pairs = zip(leaves, layout.shapes, strict=True)
+        if all(
+            leaf is None or tf.TensorShape(shape).is_compatible_with(leaf.shape)
+            for leaf, shape in pairs
+        ):
+            return ""
+    shapes = ", ".join(
+        f"{name} of {shape}" if layout.is_dict else str(shape)
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    )
+    return f", which takes {shapes}"
 
 
 class _Arrays:

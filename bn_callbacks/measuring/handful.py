@@ -13,10 +13,11 @@ import tensorflow as tf
 
 from bn_callbacks.measuring.consistent import Solution, fallback, lags, rounded
 from bn_callbacks.measuring.data import Batch, Batches
-from bn_callbacks.measuring.one_pass import Measurement, Population, Until
+from bn_callbacks.measuring.one_pass import Measurement, Population
+from bn_callbacks.measuring.probe import EachBatch
 from bn_callbacks.measuring.progress import Progress
-from bn_callbacks.measuring.sample import Examples, Joined, examples_in, row_shapes
-from bn_callbacks.statistics.moments import Moments, Statistics
+from bn_callbacks.measuring.sample import Joined, KeptBatches, examples_in, row_shapes
+from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.shrinkage import CAUTION, MIN_EXAMPLES, Shrunk, shrunk
 
 MANY = 1024
@@ -31,7 +32,7 @@ MOVED = 0.25
 had up to 0.1 with 8 examples, as a rule."""
 
 
-def handful(batches: Batches, is_divisible: bool) -> Examples | None:
+def handful(batches: Batches, is_divisible: bool) -> KeptBatches | None:
     """Divides the data into examples, if they are few.
 
     Args:
@@ -63,7 +64,7 @@ def handful(batches: Batches, is_divisible: bool) -> Examples | None:
             f"{len(rows)}. Pass at least {MIN_EXAMPLES}, better 8, or leave the model "
             "as it is."
         )
-    return Examples(rows, numbers)
+    return KeptBatches(rows, numbers)
 
 
 def _rows(batch: Batch, size: int) -> Iterator[Batch]:
@@ -77,7 +78,7 @@ def _rows(batch: Batch, size: int) -> Iterator[Batch]:
 
 def corrected(
     population: Population,
-    examples: Examples,
+    examples: KeptBatches,
     old: Sequence[Statistics],
     progress: Progress,
 ) -> tuple[Solution, list[Shrunk | None]]:
@@ -101,10 +102,15 @@ def corrected(
     given = rounded(layers, fallback(old, [bn.initial for bn in layers]))
     found: list[Shrunk | None] = [None] * len(layers)
     caution = CAUTION
-    seen = _Seen(population, groups, progress)
-    measured = seen.read(given)
+    each = EachBatch(layers)
+
+    def look() -> Measurement:
+        progress.begin("looking at each example")
+        return population.measure(groups, given, until=each.until, show=progress.show)
+
+    measured = look()
     for index in population.order:
-        parts = [group[index] for group in seen.groups if not group[index].is_empty]
+        parts = each.of(index)
         if len(parts) < MIN_EXAMPLES:
             continue
         bn = layers[index]
@@ -114,38 +120,7 @@ def corrected(
             # Caution protects healthy models, and this one is wrong.
             caution = 0.0
         new = rounded([bn], [one.statistics])[0]
-        if not _is_same(new, given[index]):
+        if any((a != b).any() for a, b in zip(new, given[index], strict=True)):
             given = [*given[:index], new, *given[index + 1 :]]
-            measured = seen.read(given)
+            measured = look()
     return Solution(given, measured, lags(layers, measured.moments, given)), found
-
-
-class _Seen:
-    """Measures each layer's input, group by group."""
-
-    def __init__(
-        self, population: Population, groups: Joined, progress: Progress
-    ) -> None:
-        self._population = population
-        self._source = groups
-        self._progress = progress
-        self.groups: list[list[Moments]] = []
-
-    def read(self, given: list[Statistics]) -> Measurement:
-        self._progress.begin("looking at each example")
-        return self._population.measure(
-            self._source, given, until=self._until, show=self._progress.show
-        )
-
-    def _until(self) -> Until:
-        self.groups = []
-
-        def keep(group: list[Moments]) -> bool:
-            self.groups.append(group)
-            return False
-
-        return keep
-
-
-def _is_same(one: Statistics, other: Statistics) -> bool:
-    return all((a == b).all() for a, b in zip(one, other, strict=True))

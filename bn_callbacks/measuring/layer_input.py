@@ -10,7 +10,7 @@ from bn_callbacks.distribution import copies
 from bn_callbacks.layers import BatchNormLayer, read
 from bn_callbacks.statistics.moments import Moments
 
-Seen: TypeAlias = tuple[Any, Any, Any]
+InputMoments: TypeAlias = tuple[Any, Any, Any]
 """Counts, means and variances of an input in one batch, as tensors."""
 
 Note: TypeAlias = Callable[..., None]
@@ -89,7 +89,7 @@ class LayerInput:
         )
         return tf.cast(outputs, layer.compute_dtype)
 
-    def add_late(self, seen: Seen, is_unbiased: bool, replica: int) -> None:
+    def add_late(self, seen: InputMoments, is_unbiased: bool, replica: int) -> None:
         """Pools moments in variables, since tensors cannot leave a loop or branch."""
         # Σn, Σn(m − p) and Σn(v + (m − p)²) over counts n, means m and variances v,
         # about the pilot mean p.
@@ -155,7 +155,7 @@ def _biased(values: Any, unbiased: Any) -> tuple[Any, Any]:
 FUSED_MIN_EPSILON = 1.001e-5
 
 
-def _moments(x: Any, mask: Any, axis: int, is_fast: bool) -> Seen:
+def _moments(x: Any, mask: Any, axis: int, is_fast: bool) -> InputMoments:
     """Number of values, mean and biased variance of each channel.
 
     There is one number for all channels, unless a mask hides more of some. Passes over

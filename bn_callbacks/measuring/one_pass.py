@@ -18,7 +18,7 @@ from bn_callbacks.layers import (
     takes_any_batch,
     team_of,
 )
-from bn_callbacks.measuring.data import Batch, Batches, Source, fits
+from bn_callbacks.measuring.data import Batch, Batches, Source, naming_batch
 from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.sample import examples_in
 from bn_callbacks.measuring.traced import Traced
@@ -250,7 +250,7 @@ class Population:
                 if not group:
                     return True, take(traced, pending)
                 numbers = [batches.number(count + i) for i in range(len(group))]
-                with fits(self._model.name, group[0][0], numbers[0]):
+                with naming_batch(self._model, group[0][0], numbers[0]):
                     pending.append((numbers, traced(group, mix, count)))
                 count += len(group)
                 samples += sum(examples_in(batch) for batch in group)
@@ -285,7 +285,7 @@ class Population:
             tf.errors.OpError: The batch takes more memory than there is.
         """
         with self.team.agreed(), self._traced() as traced:
-            with fits(self._model.name, batch[0], 0):
+            with naming_batch(self._model, batch[0], 0):
                 pending = [([0], traced([batch], self._tensor(mix), 0))]
             results = _fetch(traced, pending, self.team.replicas)
             moments = self._moments(traced, results, is_fixed=True)
@@ -298,7 +298,7 @@ class Population:
         Raises:
             ValueError: The batch does not fit the model.
         """
-        with self._traced() as traced, fits(self._model.name, batch[0], 0):
+        with self._traced() as traced, naming_batch(self._model, batch[0], 0):
             mix = self._tensor(Mix.of_batch(self.channels))
             return traced.bytes_of_example(batch, mix)
 

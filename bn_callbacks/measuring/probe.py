@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 
 from bn_callbacks.layers import BatchNormLayer, count_inputs, find, read
 from bn_callbacks.measuring.consistent import consistent, known, lags, storable
-from bn_callbacks.measuring.data import Batch, Batches
+from bn_callbacks.measuring.data import Batches, is_endless
 from bn_callbacks.measuring.mix import Mix
 from bn_callbacks.measuring.one_pass import Measurement, Population, Until
 from bn_callbacks.measuring.progress import Progress
-from bn_callbacks.measuring.sample import Sample, examples_in, sample_size
+from bn_callbacks.measuring.sample import (
+    KeptBatches,
+    Sample,
+    examples_in,
+    sample_size,
+)
 from bn_callbacks.statistics.losses import Losses
 from bn_callbacks.statistics.moments import Moments, Statistics, is_finite
 from bn_callbacks.statistics.scatter import Scatter, scatter
@@ -34,7 +39,7 @@ SAMPLE = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class ProbeResult:
     """What a probe has measured.
 
     Args:
@@ -56,7 +61,7 @@ class Reading:
 
 
 class EachBatch:
-    """Keeps the moments of each batch of a pass, to compute their scatter.
+    """Keeps the moments of each batch of a pass.
 
     Args:
         layers: The layers that are measured.
@@ -76,13 +81,16 @@ class EachBatch:
 
         return keep
 
+    def of(self, index: int) -> list[Moments]:
+        """The moments at the `index`-th layer of all batches that reach it."""
+        return [each[index] for each in self._batches if not each[index].is_empty]
+
     @property
     def scatter(self) -> dict[BatchNormLayer, Scatter | None]:
         """How the batches differ, for each layer that the data reach."""
         found = {}
         for index, bn in enumerate(self._layers):
-            parts = [each[index] for each in self._batches if not each[index].is_empty]
-            if parts:
+            if parts := self.of(index):
                 means = np.stack([part.mean for part in parts])
                 variances = np.stack([part.variance for part in parts])
                 found[bn] = scatter(Statistics(means, variances), bn.epsilon)
@@ -127,7 +135,7 @@ class Probe:
         self._validation: Population | None = None
         self._is_shared = False
 
-    def measure(self, batch_size: float | None = None) -> Reading:
+    def measure(self, batch_size: float | None = None) -> ProbeResult:
         """Measures B, I and R in passes over the sample.
 
         Args:
@@ -165,7 +173,7 @@ def three_losses(
     batches: Batches,
     stored: list[Statistics],
     by_batch: Measurement | None = None,
-) -> Reading:
+) -> ProbeResult:
     """Measures B, I and R on the same batches, and each layer's input in inference.
 
     Args:
@@ -197,7 +205,7 @@ def three_losses(
     columns = by_batch.losses[:, 0], of_inference, of_consistent, by_batch.losses[:, 1]
     b, i, r, weights = _gather(population, np.stack(columns, axis=1)).T
     losses = Losses(b, i, r if np.isfinite(r).all() else None, weights)
-    return Reading(losses, inferred, each.scatter)
+    return ProbeResult(losses, inferred, each.scatter)
 
 
 def _consistent_losses(
@@ -246,23 +254,6 @@ def _solved(
     return storable(solver.layers, moments, start)
 
 
-class Kept:
-    """Batches in memory, which can be read again.
-
-    Args:
-        batches: The batches, each `(inputs, targets, sample_weight)`.
-    """
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = list(batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
-
-
 def is_probe(data: Any) -> bool:
     """Whether data may be a probe, with targets beside them or in their batches."""
     if isinstance(data, tuple):
@@ -274,24 +265,15 @@ def _sample(data: Any, inputs: int | None) -> tuple[Any, bool]:
     """The part of the data that a probe uses, and whether it comes in batches."""
     if not isinstance(data, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
         return data, False
-    endless = SAMPLE if _is_endless(data) else None
+    has_end = not (isinstance(data, Iterator) or is_endless(data))
     kept, count = [], 0
-    for batch in Batches(data, steps=endless, inputs=inputs):
+    for batch in Batches(data, steps=None if has_end else SAMPLE, inputs=inputs):
         kept.append(batch)
         # `Batches` refuses an item that is no batch later, and says why.
         count += examples_in(batch) or SAMPLE
         if count >= SAMPLE:
             break
-    return Kept(kept), True
-
-
-def _is_endless(data: Any) -> bool:
-    if isinstance(data, tf.data.Dataset):
-        return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
-    if isinstance(data, keras.utils.PyDataset):
-        # Keras before 3.1 has no data without a length.
-        return getattr(data, "num_batches", 0) is None
-    return True
+    return KeptBatches(kept), True
 
 
 def _gather(population: Population, own: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from bn_callbacks.layers import (
     find,
     runs_in_training_mode,
 )
-from bn_callbacks.measuring.data import Batches, fits, open_specs
+from bn_callbacks.measuring.data import Batches, naming_batch, open_specs
 
 
 def split(
@@ -16,7 +16,7 @@ def split(
 ) -> tuple[list[BatchNormLayer], list[BatchNormLayer], list[BatchNormLayer]]:
     """Splits layers: training updates them, does not, or never calls them."""
     first = batches.peek()
-    with fits(model.name, first[0], 0):
+    with naming_batch(model, first[0], 0):
         asks = runs_in_training_mode(model, found, open_specs(first[0]))
     kinds = (True, False, None)
     updated, idle, uncalled = (

@@ -1,15 +1,16 @@
-"""Whether data are those of training, scaled and shifted: they are mapped back."""
+"""Proves that data are those of training, scaled and shifted, by mapping them back."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from bn_callbacks.layers import BatchNormLayer, calls_of, steps_made
 from bn_callbacks.measuring.consistent import known, lags
-from bn_callbacks.measuring.data import Batch, Batches
-from bn_callbacks.measuring.mapped import Mapped
+from bn_callbacks.measuring.data import Batch, Batches, Source
 from bn_callbacks.measuring.one_pass import Population
 from bn_callbacks.measuring.sample import examples_in
 from bn_callbacks.statistics.affine import (
@@ -29,15 +30,46 @@ EXAMPLES = 1024
 """Examples that tell whether data mapped back are those of training."""
 
 ROUNDS = 8
-"""Times that factor and shift are corrected, one after the other, at most: data scaled
-twice, whose padded edges hide the rest, take 6, most maps one or two."""
+"""Largest number of corrections of factor and shift. Most maps take one or two; data
+scaled twice, whose padded edges hide the rest, take 6."""
 
 SETTLED = 0.01
-"""Relative change of the factor from which on it is found."""
+"""Relative change below which the factor counts as found."""
 
 HEALED = 0.2
-"""Lag, in standard deviations, up to which every layer is right for data mapped
-back: what is called healthy elsewhere."""
+"""Lag, in standard deviations, up to which a layer fits data mapped back: that of
+healthy layers."""
+
+
+class Mapped(Source):
+    """Data mapped back: `x/factor + shift`.
+
+    Args:
+        batches: The data.
+        count: The first so many batches are read.
+        factor: What the data have been multiplied by.
+        shift: What to add after dividing.
+    """
+
+    def __init__(
+        self, batches: Batches, count: int, factor: float, shift: float
+    ) -> None:
+        self._batches = batches
+        self._count = count
+        self._factor = factor
+        self._shift = shift
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in itertools.islice(self._batches, self._count):
+            yield tf.nest.map_structure(self._back, batch[0]), *batch[1:]
+
+    def _back(self, x: Any) -> Any:
+        x = tf.cast(x, tf.float64) / self._factor + self._shift
+        return tf.cast(x, tf.float32)
+
+    def number(self, index: int) -> int:
+        """The place in the data of the `index`-th batch that is read."""
+        return self._batches.number(index)
 
 
 def input_map(
@@ -49,28 +81,29 @@ def input_map(
     *,
     is_thorough: bool = False,
 ) -> InputMap | None:
-    """What has been done to the data, if that can be proven.
+    """Finds the map that has been applied to the data, if it can be proven.
 
-    Where all channels of the first layer have one factor, or at least another spread or
-    mean (shifted pictures that zeros pad have edges, too), some of the data are mapped
-    back, and shifted so that this layer has the means that it stores. If inference then
-    brings *each* layer what it stores, the statistics are right, and the data are not:
-    stale statistics stay stale behind the first layer. Where there is no layer behind
-    it, its means have to be scaled by the same factor.
+    It is looked for if all channels of the first layer have one factor; if
+    `is_thorough`, also if this layer is just far off, since zeros that pad shifted
+    pictures add edges. Some of the data are mapped back, and shifted so that this layer
+    has the means that it stores. If inference then brings *each* layer what it stores,
+    the statistics are right and the data are not: stale statistics would still not fit
+    behind the first layer. If there is no layer behind it, its means must have the same
+    factor.
 
     Args:
         model: The model.
         population: Measures its layers.
         batches: The data.
         stored: What the layers store.
-        given: What batches of these data bring the layers.
-        is_thorough: Whether to look further also where no factor is seen at once.
+        given: The statistics of these data at the layers, in batch mode.
+        is_thorough: Whether to look for a map even if no common factor shows.
 
     Returns:
-        The map; None where there is none, or no proof of it.
+        The map; None if there is none, or no proof.
     """
     entry, is_candidate = population.entry, False
-    if entry in given and is_array(batches.peek()) and is_finite(stored):
+    if entry in given and _is_array(batches.peek()) and is_finite(stored):
         index = population.layers.index(entry)
         moving, epsilon = stored[index], entry.epsilon
         ratio = ratio_of(given[entry], moving, epsilon)
@@ -80,7 +113,7 @@ def input_map(
             is_one = is_proportional(given[entry], moving, ratio.median)
             is_candidate = ratio.is_factor and is_one
         if is_candidate and not _is_start_known(model, entry):
-            # In channels much alike, a start that is not forgotten looks the same.
+            # In channels that are alike, a start that is not forgotten looks the same.
             is_candidate = (
                 start_lag(given[entry], moving, entry.initial, epsilon) > HEALED
             )
@@ -90,7 +123,7 @@ def input_map(
     count = math.ceil(EXAMPLES / max(1, examples_in(batches.peek())))
 
     def back(factor: float, shift: float) -> list[Moments]:
-        """What inference brings the layers if the data are mapped back."""
+        """The layers' inputs in inference if the data are mapped back."""
         data = Mapped(batches, count, factor, shift)
         return population.measure(data, stored).moments
 
@@ -103,12 +136,12 @@ def input_map(
             shift += shift_between(here, beside, moving)
             mapped = back(factor, shift)
         except ValueError:
-            # What is mapped back is nothing that the model takes.
+            # The model does not take data that are mapped back.
             return None
         rest = ratio_of(mapped[index].statistics, moving, epsilon)
         if abs(math.log(rest.median)) < SETTLED:
             break
-        # Where zeros pad a picture, a shift makes edges, which vary as well.
+        # If zeros pad a picture, a shift makes edges, which add variance.
         factor *= rest.median
     left = known(lags(population.layers, mapped, stored))
     is_right = left is not None and left <= HEALED and rest.spread < ALIKE
@@ -119,12 +152,12 @@ def input_map(
 
 
 def _is_start_known(model: keras.Model, bn: BatchNormLayer) -> bool:
-    """Whether it is known how much of a layer's start values is left."""
+    """Whether the weight that a layer's start values still have is known."""
     (calls,) = calls_of(model, [bn])
     return bool(steps_made(model) and calls.updates and bn.trainable)
 
 
-def is_array(batch: Batch) -> bool:
-    """Whether a model has one input, of numbers."""
+def _is_array(batch: Batch) -> bool:
+    """Whether a batch has one input, of numbers."""
     leaves = tf.nest.flatten(batch[0])
     return len(leaves) == 1 and tf.is_tensor(leaves[0]) and leaves[0].dtype.is_numeric

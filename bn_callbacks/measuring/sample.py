@@ -163,30 +163,33 @@ def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
     return [tuple(leaf.shape[1:]) for leaf in leaves]
 
 
-class Examples(Source):
-    """Single examples in memory, each as a batch.
+class KeptBatches(Source):
+    """Batches in memory, or parts of batches, such as single examples.
 
     Args:
-        rows: The examples.
-        numbers: For each example, the place in the data of its batch.
+        batches: The batches or parts.
+        numbers: For each of them, the place in the data of its batch; in order by
+            default.
     """
 
-    def __init__(self, rows: Sequence[Batch], numbers: Sequence[int]) -> None:
-        self._rows = list(rows)
-        self._numbers = list(numbers)
+    def __init__(
+        self, batches: Sequence[Batch], numbers: Sequence[int] | None = None
+    ) -> None:
+        self._batches = list(batches)
+        self._numbers = list(range(len(batches)) if numbers is None else numbers)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._rows)
+        return iter(self._batches)
 
     def number(self, index: int) -> int:
-        """The place in the data of the batch that the `index`-th example is from."""
+        """The place in the data of the batch that the `index`-th part is from."""
         return self._numbers[index]
 
     def read(self, count: int) -> int:
-        """From how many batches of the data the first `count` examples are."""
+        """From how many batches of the data the first `count` parts are."""
         return len(set(self._numbers[:count]))
 
 

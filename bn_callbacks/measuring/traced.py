@@ -23,7 +23,7 @@ from bn_callbacks.layers import (
 )
 from bn_callbacks.measuring.data import Batch, open_specs
 from bn_callbacks.measuring.footprint import bytes_of_example
-from bn_callbacks.measuring.layer_input import LayerInput, Seen
+from bn_callbacks.measuring.layer_input import InputMoments, LayerInput
 from bn_callbacks.statistics.moments import Moments
 
 
@@ -60,7 +60,7 @@ class _Trace(threading.local):
     replica: int
     mixes: dict[BatchNormLayer, Any]
     entries: list[Entry]
-    seen: list[Seen]
+    seen: list[InputMoments]
 
 
 class Traced:
@@ -196,7 +196,7 @@ class Traced:
 
         inputs = dict(zip(self.layers, self._inputs, strict=True))
 
-        def note(index: int, one: Seen, is_unbiased: bool = False) -> None:
+        def note(index: int, one: InputMoments, is_unbiased: bool = False) -> None:
             if index not in self.order:
                 self.order.append(index)
             if tf.compat.v1.get_default_graph() is trace.graph:

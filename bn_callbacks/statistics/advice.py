@@ -1,6 +1,7 @@
-"""What to do about each cause, in a sentence or two."""
+"""Says what to do about each cause, in a sentence or two."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -35,12 +36,12 @@ from bn_callbacks.statistics.moving_average import (
 
 
 def suggested_momentum(seen: Evidence, measured: Measured, cause: str) -> float | None:
-    """A momentum that would do better for this cause, or None."""
+    """A better momentum for this cause; None if no other would help."""
     total = seen.total_updates or seen.updates
     if cause == WARMING_UP and total:
         best = min(suggest_momentum(total), _forgets(_distance(seen), total))
     elif cause in (NOISY, DRIFTING) and measured.stream is not None:
-        # A larger one would not have forgotten the start when training ends.
+        # With a larger one, too much of the start would be left at the end.
         largest = 0.999 if not total else min(0.999, FORGOTTEN ** (1 / total))
         best = measured.stream.best_momentum(largest)
     else:
@@ -51,7 +52,7 @@ def suggested_momentum(seen: Evidence, measured: Measured, cause: str) -> float 
 
 
 def _forgets(distance: float, updates: int) -> float:
-    """The momentum that leaves 5 % of a start so far away, `m^N·distance = 0.05`."""
+    """The momentum that leaves a lag of 0.05: `m^N·distance = 0.05`."""
     return float((FORGOTTEN / max(distance, 1.0)) ** (1 / updates))
 
 
@@ -68,7 +69,7 @@ def _distance(seen: Evidence) -> float:
 def advise(
     seen: Evidence, measured: Measured, cause: str, momentum: float | None
 ) -> str:
-    """The advice: what to do, with the numbers to do it with."""
+    """Writes the advice: what to do, with which numbers."""
     write = _ADVICE.get(cause)
     if write is not None:
         return write(seen, measured, momentum)
@@ -86,14 +87,23 @@ def _warming_up(seen: Evidence, measured: Measured, momentum: float | None) -> s
         )
     weight = start_weight(seen.momentum, seen.updates)
     needed = updates_to_forget(seen.momentum, FORGOTTEN)
-    set_momentum = "" if momentum is None else f", or set momentum={momentum:.3g}"
+    ways = [f"Recalibrate before export {recalibrate}"]
+    if measured.rest_part <= seen.threshold:
+        # It takes out the start, and leaves what else puts the averages off.
+        ways.append("debias for free (`DebiasBatchNorm`)")
+    if momentum is not None:
+        ways.append(f"set momentum={momentum:.3g}")
     return (
         f"{weight:.2g} of the start values is still in the moving statistics, which "
         f"puts them off by {measured.start_part:.2g} standard deviations: momentum "
         f"{seen.momentum:g} has had {seen.updates} updates, and needs {needed} to "
-        f"forget 95 % of a start. Recalibrate before export {recalibrate}, debias for "
-        f"free (`DebiasBatchNorm`){set_momentum}."
+        f"forget 95 % of a start. {_or(ways)}."
     )
+
+
+def _or(ways: Sequence[str]) -> str:
+    """Ways to choose from, the first of which begins a sentence."""
+    return ", or ".join([", ".join(ways[:-1]), ways[-1]]) if ways[1:] else ways[0]
 
 
 def _drifting(seen: Evidence, measured: Measured, momentum: float | None) -> str:
@@ -127,7 +137,7 @@ def _noisy(seen: Evidence, measured: Measured, momentum: float | None) -> str:
 def _correlated(seen: Evidence, measured: Measured, momentum: float | None) -> str:
     scatter = _scatter(seen, measured)
     if seen.family is Family.BATCHES and not scatter:
-        scatter = ": no fixed statistics do for all of them what each does with its own"
+        scatter = ": no fixed statistics do for all what their own do for each"
     return (
         f"Batches are no random sample{scatter}. Shuffle the examples before batching "
         "(padding, and examples that only fill a batch, count too: pass a mask, or "
@@ -149,7 +159,7 @@ def _tiny_batch(seen: Evidence, measured: Measured, momentum: float | None) -> s
 def _rescaled(seen: Evidence, measured: Measured, momentum: float | None) -> str:
     return (
         f"The data given differ from those of training by {seen.input_map} in every "
-        "channel: preprocessing is missing, done twice, or another. Give the data as "
+        "channel: preprocessing is missing, different, or done twice. Give the data as "
         "training got them. Do not recalibrate: the model would then be wrong for its "
         "own data."
     )
@@ -168,7 +178,7 @@ def _stale(seen: Evidence, measured: Measured, momentum: float | None) -> str:
             "recalibrate (`recalibrate(model, x)`)."
         )
     return (
-        f"The stored statistics {what}, and nothing shows how that came. Weights "
+        f"The stored statistics {what}, and nothing shows why. Weights "
         "restored or copied without their statistics, a faulty conversion, other "
         "data, or calls with `training=True` outside `fit` can do it. Check first that "
         "the data are preprocessed as in training: recalibrating on other data ruins "
@@ -179,7 +189,7 @@ def _stale(seen: Evidence, measured: Measured, momentum: float | None) -> str:
 def _scatter(seen: Evidence, measured: Measured) -> str:
     design = measured.figures.design_effect
     if design is None or seen.batch_size is None or design < 2:
-        # Where another layer proved it, this one's figure would belie the finding.
+        # If another layer proves it, this one's small figure would contradict it.
         return ""
     return (
         f": their means vary {design:.0f} times as much as those of shuffled batches "
@@ -220,11 +230,11 @@ _PLAIN_ADVICE = {
         "Clean, clip or regroup the data; recalibrate only then."
     ),
     BATCH_DEPENDENT: (
-        "With the statistics of its own batch the model does what it cannot do with "
-        "any fixed ones, and nothing shows why: batches differ no more than random "
-        "ones, or their size is not known. Try whether shuffled or larger batches, or "
-        "a layer for each kind of input, close the gap; targets that depend on the "
-        "other examples of a batch keep it open. Recalibrating helps in part, or "
+        "The model works with the statistics of each batch, but with no fixed ones, "
+        "and nothing shows why: batches differ no more than random ones, or their "
+        "size is not known. Try whether shuffled or larger batches, or a layer for "
+        "each kind of input, close the gap; targets that depend on the other examples "
+        "of a batch keep it open. Recalibrating helps in part, or "
         "harms: let it measure (`recalibrate(model, x, validation_data=...)`)."
     ),
     MIXED_CALLS: (

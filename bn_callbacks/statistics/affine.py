@@ -1,16 +1,16 @@
-"""Data that are those of training, scaled and shifted: `x → a·x + b`.
+"""Recognises data of training that have been scaled and shifted: `x → a·x + b`.
 
-Other units, missing preprocessing and preprocessing done twice are such maps. What a
-linear layer with kernel `w` and bias `c` makes of `x` has the mean `w·μ + c` and the
-variance `w·Σ·w`; of `a·x + b` it has
+Other units, missing preprocessing and preprocessing done twice are such maps. From `x`,
+a linear layer with kernel `w` and bias `c` makes outputs of the mean `w·μ + c` and the
+variance `w·Σ·w`; from `a·x + b` it makes
 
     σ' = |a|·σ,    m' = a·(m − c) + b·Σw + c,
 
-so at the first BN layer all standard deviations have one factor, whatever the kernel
-is, while the means need not. One factor alone proves nothing: weights that have grown
+so at the first BN layer all standard deviations have the same factor, whatever the
+kernel is; the means need not. One factor alone proves nothing: weights that have grown
 alike, variances divided by a constant and batches of constant inputs show it too. So a
 factor is only a reason to look further: data that are mapped back must agree with what
-*all* layers store (`measuring/mapped.py`), which no statistics do that are stale.
+*all* layers store (`measuring/rescaling.py`), and with stale statistics they never do.
 """
 
 import math
@@ -27,17 +27,17 @@ ALIKE = 0.05
 makes of one (tests/benchmarks/limits.py)."""
 
 LEAST_FACTOR = 1.5
-"""A factor nearer to 1 than this is not called preprocessing: the least that anybody
-means is the 2 between [0, 1] and [-1, 1]."""
+"""A factor nearer to 1 is not called preprocessing: the smallest in use is 2, between
+[0, 1] and [-1, 1]."""
 
 PROPORTIONAL = 0.1
-"""Distance in standard deviations up to which means are scaled as the variances are."""
+"""Error, in standard deviations, up to which means count as scaled by a factor."""
 
 FEW_CHANNELS = 4
-"""With fewer channels, equal ratios and means are no proof."""
+"""Smallest number of channels whose equal ratios and scaled means are a proof."""
 
 SHIFTED = 0.1
-"""Shift of the first layer's means, in standard deviations, up to which it is none."""
+"""Shift of the first layer's means, in standard deviations, that counts as none."""
 
 
 class Ratio(NamedTuple):
@@ -45,8 +45,7 @@ class Ratio(NamedTuple):
 
     Attributes:
         median: The median over the channels.
-        spread: How far the channels are from it, as a share of it (a root of the mean
-            square).
+        spread: RMS distance of the channels from the median, as a share of it.
     """
 
     median: float
@@ -54,7 +53,7 @@ class Ratio(NamedTuple):
 
     @property
     def is_factor(self) -> bool:
-        """Whether it is the one factor of all channels, and worth a word."""
+        """Whether all channels have this factor, and it is far enough from 1."""
         return self.spread < ALIKE and is_large(self.median)
 
 
@@ -81,9 +80,9 @@ class InputMap(NamedTuple):
 
 
 def ratio_of(batch: Statistics, moving: Statistics, epsilon: float) -> Ratio:
-    """The ratio of standard deviations that most channels have, and how alike it is.
+    """Compares the standard deviations of batches with those that are stored.
 
-    Channels without variance say nothing.
+    Channels without variance do not count.
 
     Args:
         batch: Statistics of the first BN layer's input.
@@ -110,9 +109,10 @@ def ratio_of(batch: Statistics, moving: Statistics, epsilon: float) -> Ratio:
 def start_lag(
     batch: Statistics, moving: Statistics, initial: Statistics, epsilon: float
 ) -> float:
-    """The lag that is left if `moving` is an average that still holds its start.
+    """The lag that remains if `moving` is an average that still holds its start.
 
-    Such an average is `w·initial + (1 − w)·batch`; the least lag over all weights `w`.
+    Such an average is `w·initial + (1 − w)·batch`. Tries all weights `w`, and returns
+    the smallest lag.
 
     Args:
         batch: Statistics of a layer's input.
@@ -138,10 +138,11 @@ def start_lag(
 
 
 def is_proportional(batch: Statistics, moving: Statistics, factor: float) -> bool:
-    """Whether means far from 0 are scaled by the very factor of the deviations.
+    """Whether the means, far from 0, have the same factor as the standard deviations.
 
-    Then nothing but a factor is left to explain: an average that is stale has other
-    means, and one divided by a constant has means divided by its square.
+    This proves that the data are scaled: a stale average has other means, and in one
+    that was divided by a constant, means and standard deviations differ in their
+    factors.
 
     Args:
         batch: Statistics of a layer's input.
@@ -167,16 +168,16 @@ def is_proportional(batch: Statistics, moving: Statistics, factor: float) -> boo
 def shift_between(
     unshifted: Statistics, shifted: Statistics, wanted: Statistics
 ) -> float:
-    """How far data have to be shifted for the first layer to have the means it stores.
+    """Finds the shift of the data that gives the first layer the means it stores.
 
-    Its means move in proportion to a shift of all inputs: by `d = shifted − unshifted`
-    a unit. The least squares `s` of `unshifted + s·d = wanted` is `Σd·e/Σd²`, where
-    `e = wanted − unshifted`, each in standard deviations; 0 where kernels add up to
-    nothing and do not mind.
+    The means move in proportion to a shift of all inputs: by `d = shifted − unshifted`
+    for each unit. In least squares, `unshifted + s·d = wanted` has the solution
+    `s = Σd·e/Σd²`, where `e = wanted − unshifted`, all in standard deviations. It is 0
+    for kernels whose weights add up to 0, which do not feel a shift.
 
     Args:
-        unshifted: What the layer has with data as they are.
-        shifted: What it has with 1 added to all data.
+        unshifted: The layer's statistics with the data as they are.
+        shifted: Its statistics with 1 added to all data.
         wanted: What it stores.
 
     Examples:
@@ -196,8 +197,8 @@ def is_felt(
 
     Args:
         shift: The shift, for all data.
-        unshifted: As `shift_between` takes it, and the rest too.
-        shifted: What the first layer has with 1 added to all data.
+        unshifted: The first layer's statistics with the data as they are.
+        shifted: Its statistics with 1 added to all data.
         wanted: What it stores.
     """
     d = _apart(shifted, unshifted, wanted)

@@ -245,11 +245,18 @@ FAR = 1.0
 """Lag, in standard deviations, that is a witness of its own where losses are unclear:
 every activation is off by as much as it varies."""
 
+LARGE = 0.5
+"""Lag that is a witness beside a small gap that recalibrating surely closes."""
+
 
 def _is_witness(seen: Evidence, measured: Measured) -> bool:
     """Whether the lag tells what losses that few batches make do not prove."""
     part = max(measured.rest_part, measured.start_part)
-    least = {Family.LIKELY: seen.threshold, Family.UNCLEAR: FAR}
+    least = {
+        Family.LIKELY: seen.threshold,
+        Family.SLIGHT: max(LARGE, seen.threshold),
+        Family.UNCLEAR: max(FAR, seen.threshold),
+    }
     return part > least.get(seen.family, math.inf)
 
 
@@ -268,7 +275,7 @@ def _is_proven(seen: Evidence) -> bool:
 
 
 def _is_without_gap(seen: Evidence) -> bool:
-    return seen.family in (Family.INNOCENT, Family.ADAPTED)
+    return seen.family in (Family.INNOCENT, Family.ADAPTED, Family.SLIGHT)
 
 
 def _least(seen: Evidence) -> float:

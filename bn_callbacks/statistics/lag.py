@@ -50,8 +50,8 @@ def channel_lags(
 ) -> NDArray[np.float64]:
     """The lag of each channel, of which `lag` is the root of the mean square.
 
-    `sqrt(((μ_b − μ_m)/σ_m)² + (σ_b/σ_m − 1)²)`: a few channels far off and many that
-    are a little off may have the same `lag`.
+    `sqrt(((μ_b − μ_m)/σ_m)² + (σ_b/σ_m − 1)²)`. The same `lag` may come from a few
+    channels that are far off, or from many that are a little off.
 
     Args:
         batch: Statistics of the batches.

@@ -53,6 +53,10 @@ BATCH_LIMIT = 2.0
 have reached 1.24, stale ones 1.0, bad batches began at 4; the geometric middle of 1.24
 and 4 is 2.2."""
 
+SLIGHT_LIMIT = 1.05
+"""`I/R` and `I/B` that are worth a word beside a large lag. Early in training all three
+losses are near chance, and their ratios near 1, while accuracy is lost."""
+
 HARM_LIMIT = 1.25
 """`R/I` from which recalibrating would harm, which healthy models reach and those with
 BN switched off exceed many times. It makes no finding by itself."""
@@ -176,6 +180,7 @@ class Family(enum.Enum):
     ADAPTED = "recalibrating would harm: the weights have adapted to what is stored"
     LIKELY = "there is a large gap, though few batches make it: the lag decides"
     UNCLEAR = "there is a gap, but so few batches prove none"
+    SLIGHT = "there is a small gap that recalibrating closes: a large lag decides"
 
 
 class Row(NamedTuple):
@@ -243,6 +248,13 @@ def _unclear(seen: Losses) -> bool:
     return gap is not None and gap > GAP_LIMIT
 
 
+def _slight(seen: Losses) -> bool:
+    """I > R ≈ B, by little and for sure: what a large lag shows stands."""
+    return all(seen.exceeds("inference", of, SLIGHT_LIMIT) for of in EITHER)
+
+
+EITHER = ("batch", "recalibrated")
+
 STALE_CAUSES = frozenset(
     {
         WARMING_UP,
@@ -304,6 +316,7 @@ FAMILIES = (
     Row(Family.ADAPTED, _adapted, ADAPTED_CAUSES),
     Row(Family.LIKELY, _likely, FACTS),
     Row(Family.UNCLEAR, _unclear, FACTS),
+    Row(Family.SLIGHT, _slight, FACTS),
     Row(Family.INNOCENT, lambda seen: True, FACTS),
 )
 """The first row that fits decides. Remedies: nothing for innocent BN; recalibrate stale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -77,51 +78,30 @@ class Moments:
         return cls(np.zeros(channels), np.full(channels, np.nan), np.zeros(channels))
 
     @classmethod
-    def from_values(
-        cls, values: ArrayLike, axis: int = -1, weights: ArrayLike | None = None
-    ) -> Moments:
+    def from_values(cls, values: ArrayLike) -> Moments:
         """Moments of an array, in two passes: the mean first, then the deviations.
 
         Args:
-            values: Array with a channel axis; all other axes are reduced.
-            axis: The channel axis.
-            weights: Mask or weights of the elements, broadcastable to the shape of
-                `values` without its channel axis. Elements of weight 0 do not count,
-                whatever they hold, `nan` included.
+            values: Array of shape `(…, channels)`.
 
         Returns:
-            The moments, empty if the weights sum to 0. Not finite where a value that
-            counts is not.
-
-        Raises:
-            ValueError: If a weight is negative or not finite.
+            The moments, empty if there are no values. Not finite where a value is not.
 
         Examples:
-            >>> values = [[[1.0], [3.0], [99.0]]]
-            >>> masked = Moments.from_values(values, weights=[[True, True, False]])
-            >>> masked.count.tolist(), masked.mean.tolist(), masked.variance.tolist()
-            ([2.0], [2.0], [1.0])
+            >>> moments = Moments.from_values([[[1.0], [3.0]], [[5.0], [7.0]]])
+            >>> moments.count.tolist(), moments.mean.tolist(), moments.m2.tolist()
+            ([4.0], [4.0], [20.0])
         """
-        x = np.moveaxis(np.asarray(values, np.float64), axis, -1)
-        w = np.asarray(1.0 if weights is None else weights, np.float64)
-        if not np.all((w >= 0) & (w < np.inf)):
-            raise ValueError(
-                "Elements cannot be counted with a negative or non-finite weight. "
-                f"Received: weights from {w.min()} to {w.max()}. "
-                "Pass a mask, or weights of 0 and above."
-            )
-        w = np.broadcast_to(w, x.shape[:-1]).reshape(-1)
-        x = x.reshape(w.size, x.shape[-1])
-        # Selected, not multiplied by 0: padding may hold nan, and 0 · nan is nan.
-        x, w = x[w > 0], w[w > 0]
-        count = float(w.sum())
-        if not count:
-            return cls.empty(x.shape[-1])
+        x = np.asarray(values, np.float64)
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if not len(x):
+            return cls.empty(x.shape[1])
         with np.errstate(all="ignore"):
-            mean = w @ x / count
+            mean = x.mean(axis=0)
             deviation = x - mean
             # The first mean is rounded; as a shift, that costs nothing.
-            return cls.from_sums(count, mean, w @ deviation, w @ deviation**2)
+            sums = deviation.sum(axis=0), np.square(deviation).sum(axis=0)
+            return cls.from_sums(len(x), mean, *sums)
 
     @classmethod
     def from_sums(
@@ -180,7 +160,7 @@ class Moments:
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + other.m2 + delta**2 * (self.count * share)
-        # The mean of nothing is not a number, and takes no part.
+        # A part without values has no mean, and changes nothing.
         mean = np.where(other.count > 0, mean, self.mean)
         m2 = np.where(other.count > 0, m2, self.m2)
         alone = (self.count == 0) & (other.count > 0)
@@ -192,7 +172,7 @@ class Moments:
 
 
 def pool(moments: Iterable[Moments]) -> Moments:
-    """Moments of all parts together: batches, replicas, calls of a shared layer.
+    """Merges the moments of all parts: batches, replicas, calls of a shared layer.
 
     Args:
         moments: At least one part; empty parts do not matter.
@@ -254,10 +234,10 @@ def pool_batches(
 
 
 def pool_replicas(statistics: Sequence[Statistics]) -> Statistics:
-    """Statistics of all replicas' values together, of which each has as many.
+    """Pools the statistics of replicas that have equally many values.
 
     Args:
-        statistics: Those of each replica, at least one.
+        statistics: The statistics of each replica, at least one.
 
     Returns:
         The mean of the means; the mean of the variances plus the variance of the
@@ -275,5 +255,5 @@ def pool_replicas(statistics: Sequence[Statistics]) -> Statistics:
 
 
 def is_finite(statistics: Iterable[Statistics]) -> bool:
-    """Whether all of these are numbers."""
+    """Whether all means and variances are finite."""
     return all(np.isfinite(part).all() for pair in statistics for part in pair)

@@ -21,10 +21,10 @@ FORGOTTEN = 0.05
 """Weight of the start below which it no longer explains a lag."""
 
 SHORT_RUN = 20
-"""Steps up to which a tenth of a run is no memory worth having."""
+"""Up to so many steps, a tenth of the run would be too short a memory."""
 
 LEAST_MOMENTUM = 0.5
-"""The least that is ever suggested: below, the average is all noise."""
+"""The smallest momentum ever suggested: with less, the average is all noise."""
 
 
 def start_weight(momentum: float, updates: int) -> float:
@@ -77,7 +77,7 @@ def window_statistic(
     """Weighted mean of the batch statistics between two readings of their average.
 
     `W = (new − m^N·old) / (1 − m^N)`, computed as `new + (new − old)·m^N/(1 − m^N)`,
-    so that `old` does not even leave its rounding error where `m^N` vanishes.
+    so that not even the rounding error of `old` is left where `m^N` vanishes.
 
     Args:
         old: The moving average before the window.
@@ -220,9 +220,9 @@ def suggest_momentum(steps: int) -> float:
     """Rule of thumb for the momentum of a training run of so many steps.
 
     `1 − 10/steps`, at most 0.999: the average remembers about a tenth of the run, and
-    the values it started from are forgotten. In a very short run (up to 20 steps) that
-    would be a memory of a batch or two, all noise: there it is the value that leaves
-    5 % of the start at the end, `0.05^(1/steps)`, and at least 0.5.
+    forgets the values it started from. In a very short run (up to 20 steps) that would
+    be a memory of a batch or two, all noise. There it is the momentum that leaves 5 %
+    of the start at the end, `0.05^(1/steps)`, but at least 0.5.
 
     Args:
         steps: Number of training steps in the whole run: steps an epoch × epochs.
@@ -246,7 +246,7 @@ def suggest_momentum(steps: int) -> float:
             f"Received: steps={repr(steps)[:80]}. "
             "Pass the steps of the whole run: steps an epoch times epochs."
         )
-    # Beyond these even a number too large for a float gives the same.
+    # Bounded first, since a whole number may be too large for a float.
     short, long = min(steps, SHORT_RUN), min(steps, 10_000)
     forgets = float(FORGOTTEN ** (1.0 / short))
     return min(max(LEAST_MOMENTUM, forgets, 1.0 - 10.0 / long), 0.999)

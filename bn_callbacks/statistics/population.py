@@ -19,18 +19,23 @@ from numpy.typing import NDArray
 from bn_callbacks.statistics.moments import Moments, Statistics
 
 FORMAT = 1
-"""Of the files; another number is for another version of this library."""
+"""Number of the file format; other versions of this library may have another."""
+
+MAX_ROWS = 30
+"""Largest number of layers in a text."""
 
 
 @dataclass(frozen=True, eq=False)
 class PopulationMoments:
     """Count, mean and squared deviations of the input of each layer, by its path.
 
+    `print` shows a table of the layers.
+
     Args:
         moments: The moments of each layer's input, per channel; counts of 0 where the
             data have not reached it.
-        given: What each layer normalised with meanwhile; None for the statistics of
-            each batch.
+        given: The statistics that each layer normalised with; None for those of each
+            batch.
         samples: Number of samples read.
         batches: Number of batches read.
 
@@ -40,8 +45,10 @@ class PopulationMoments:
         >>> both = one.merge(two)
         >>> both.statistics["bn"]
         Statistics(mean=array([2.]), variance=array([1.]))
-        >>> both.samples
-        2
+        >>> print(both)
+        Moments of 1 BatchNormalization layer: 2 samples, 2 batches, normalised by batch
+        layer  channels  values per channel  mean  variance
+        bn            1                   2     2         1
     """
 
     moments: Mapping[str, Moments]
@@ -54,6 +61,27 @@ class PopulationMoments:
         """Mean and biased variance of each layer; `nan` where nothing was counted."""
         return {path: one.statistics for path, one in self.moments.items()}
 
+    def __str__(self) -> str:
+        count = len(self.moments)
+        how = "by batch" if self.given is None else "with given statistics"
+        lines = [
+            f"Moments of {count} BatchNormalization layer{'s' * (count != 1)}: "
+            f"{self.samples:,} samples, {self.batches:,} batches, normalised {how}"
+        ]
+        rows = [["layer", "channels", "values per channel", "mean", "variance"]]
+        for path, one in list(self.moments.items())[:MAX_ROWS]:
+            # A file may come from a stranger.
+            name = path if path.isprintable() else ascii(path)
+            columns = one.count, one.mean, one.variance
+            rows.append([name, str(len(one.count)), *map(_range, columns)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, *cells in rows if count else []:
+            figures = map(str.rjust, cells, widths[1:])
+            lines.append("  ".join([name.ljust(widths[0]), *figures]))
+        if count > MAX_ROWS:
+            lines.append(f"… and {count - MAX_ROWS} more layers")
+        return "\n".join(lines)
+
     def merge(self, other: PopulationMoments) -> PopulationMoments:
         """The moments of both parts of a population together.
 
@@ -62,12 +90,12 @@ class PopulationMoments:
                 are not in this part.
 
         Returns:
-            The moments of the whole (Chan, Golub and LeVeque, 1979). In which order
-            parts are merged makes no difference beyond rounding, 1e-12.
+            The moments of the whole (Chan, Golub and LeVeque, 1979). The order in which
+            parts are merged changes only the rounding, by about 1e-12.
 
         Raises:
-            TypeError: `other` is nothing of this kind.
-            ValueError: It is of other layers, or was measured with other statistics.
+            TypeError: `other` is something else.
+            ValueError: It has other layers, or was measured with other statistics.
         """
         if not isinstance(other, PopulationMoments):
             raise TypeError(
@@ -84,8 +112,8 @@ class PopulationMoments:
         if not _are_same(self.given, other.given):
             raise ValueError(
                 "These moments were measured with different statistics. Received: "
-                f"{_told(self.given)} and {_told(other.given)}. Of one round "
-                "merge all parts, and pass the result to `measure` of the next."
+                f"{_describe(self.given)} and {_describe(other.given)}. Merge only "
+                "parts of one round, and pass the result to `measure` in the next."
             )
         return PopulationMoments(
             {path: m.merge(other.moments[path]) for path, m in self.moments.items()},
@@ -141,7 +169,7 @@ class PopulationMoments:
             The moments.
 
         Raises:
-            ValueError: The file is no such file, or is damaged.
+            ValueError: The file is of another kind, or damaged.
             FileNotFoundError: There is no file.
         """
         try:
@@ -177,7 +205,7 @@ class PopulationMoments:
         given = None
         if "given_mean" in arrays:
             names += ["given_mean", "given_variance"]
-        columns = [_parted(arrays[name], sizes, name) for name in names]
+        columns = [_split(arrays[name], sizes, name) for name in names]
         moments = [Moments(*parts) for parts in zip(*columns[:3], strict=True)]
         for route, one in zip(paths, moments, strict=True):
             is_whole = (one.count >= 0) & (one.m2 >= 0) & np.isfinite(one.count)
@@ -197,7 +225,7 @@ def _joined(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros(0), *parts])
 
 
-def _parted(
+def _split(
     array: NDArray[np.generic], sizes: list[int], name: str
 ) -> list[NDArray[np.float64]]:
     if array.dtype != np.float64 or array.shape != (sum(sizes),):
@@ -221,5 +249,14 @@ def _are_same(
     )
 
 
-def _told(given: Mapping[str, Statistics] | None) -> str:
+def _describe(given: Mapping[str, Statistics] | None) -> str:
     return "those of each batch" if given is None else "given ones"
+
+
+def _range(values: NDArray[np.float64]) -> str:
+    """The smallest and the largest finite value."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return "-"
+    low, high = (f"{end:.4g}" for end in (finite.min(), finite.max()))
+    return low if low == high else f"{low} .. {high}"

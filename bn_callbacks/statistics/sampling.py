@@ -1,4 +1,4 @@
-"""How precise pooled statistics are, judged by how batches differ."""
+"""Estimates how precise pooled statistics are, from how batches differ."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,19 @@ import numpy as np
 from bn_callbacks.statistics.moments import Moments, pool
 
 MAX_BLOCKS = 64
-"""Blocks kept; then neighbours are joined, so that memory stays bounded."""
+"""At so many blocks, neighbours are joined, so that memory stays bounded."""
 
 MIN_BLOCKS = 8
-"""Fewer blocks say nothing reliable about their scatter."""
+"""Smallest number of blocks whose scatter is reliable."""
 
 
 def design_effect(means: Moments, whole: Moments, size: float) -> float | None:
-    """How much more the means of batches differ than those of random samples would.
+    """Variance of batch means, over the largest that random samples would have.
 
     Means of `size` examples drawn at random have the variance `τ²/size`, where `τ²`,
-    the variance of an example's own mean, is `σ²` at most. The ratio of what they have
-    to `σ²/size`, averaged over the channels, is therefore at most 1, but for chance.
+    the variance of an example's own mean, is at most `σ²`. So the ratio of the variance
+    to `σ²/size`, averaged over the channels, is at most 1 for random samples, apart
+    from chance.
 
     Args:
         means: Moments of the batches' means, each counted once.
@@ -45,8 +46,8 @@ def design_effect(means: Moments, whole: Moments, size: float) -> float | None:
 class Blocks:
     """Moments of successive blocks of data, for the standard error of the whole.
 
-    Batches are kept as blocks of their own until there are `MAX_BLOCKS`; then
-    neighbours are joined, and so on, so that blocks grow with the data.
+    At first each batch is a block. At `MAX_BLOCKS`, neighbours are joined, and again
+    later, so that blocks grow with the data.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Blocks:
         self._open: list[Moments] = []
 
     def add(self, batch: Moments) -> None:
-        """Adds the next batch; one that counted nothing is passed over."""
+        """Adds the next batch, unless it is empty."""
         if batch.is_empty:
             return
         self._open.append(batch)
@@ -68,7 +69,7 @@ class Blocks:
             self._size *= 2
 
     def standard_error(self, epsilon: float) -> float | None:
-        """See `standard_error`; None while there are too few blocks."""
+        """The `standard_error`; None while there are too few blocks."""
         return standard_error(self.blocks, epsilon)
 
 
@@ -80,12 +81,12 @@ def standard_error(blocks: Sequence[Moments], epsilon: float) -> float | None:
 
         se(μ)² = K/(K−1) · Σ w_b²·(m_b − μ)²,    se(v)² = K/(K−1) · Σ w_b²·(q_b − v)²
 
-    and that of the scale is `se(v) / (2σ²)`. Both, in units of `σ = sqrt(v + ε)`, are
-    squared, added and averaged over the channels, as in the lag.
+    and the scale has `se(v) / (2σ²)`. As in the lag, both are taken in units of
+    `σ = sqrt(v + ε)`, squared, added, and averaged over the channels.
 
-    Neighbouring blocks may be alike (grouped data), which makes this too small.
-    Therefore neighbours are joined, again and again while 8 blocks remain, and the
-    largest result counts (Flyvbjerg and Petersen, 1989).
+    If neighbouring blocks are alike (grouped data), this is too small. Therefore
+    neighbours are joined, again and again while 8 blocks remain, and the largest result
+    counts (Flyvbjerg and Petersen, 1989).
 
     Args:
         blocks: Moments of successive blocks of data.
@@ -121,7 +122,7 @@ def _scatter(blocks: Sequence[Moments], epsilon: float) -> float:
     variance = (weight * second).sum(axis=0)
     bessel = len(blocks) / (len(blocks) - 1)
 
-    # A channel without any variance has no error either.
+    # A channel without variance has no error.
     sigma2 = np.where(variance + epsilon > 0, variance + epsilon, 1.0)
     of_mean = np.square(weight * (means - mean)).sum(axis=0) / sigma2
     of_variance = np.square(weight * (second - variance)).sum(axis=0)
@@ -130,6 +131,6 @@ def _scatter(blocks: Sequence[Moments], epsilon: float) -> float:
 
 
 def _joined(blocks: Sequence[Moments]) -> list[Moments]:
-    """Pairs of neighbours as one; a last one without a partner is left out."""
+    """Joins pairs of neighbours, and leaves out a last block without a partner."""
     pairs = zip(blocks[::2], blocks[1::2], strict=False)
     return [one.merge(other) for one, other in pairs]

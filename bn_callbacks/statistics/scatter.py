@@ -1,4 +1,4 @@
-"""How the statistics of single batches differ from each other."""
+"""Measures how the statistics of single batches differ from each other."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bn_callbacks.statistics.moments import Statistics
+
+MIN_BATCHES = 4
+"""With fewer batches their scatter is a guess."""
 
 SINGLE_PRECISION = 2.0**-24
 """Relative error of a float32."""
@@ -18,10 +21,10 @@ class Scatter:
 
     Args:
         mean: Variance of a batch's mean, averaged over the channels.
-        variation: Coefficient of variation of a batch's variances, averaged so too.
-        dominance: The largest variance of a batch over one that three quarters of the
-            batches do not exceed, in the channel where that is most: rare examples
-            that dominate show in few batches.
+        variation: Coefficient of variation of a batch's variance, averaged likewise.
+        dominance: The largest variance of a batch over the third quartile of all
+            batches, in the channel where this is largest. It is large if rare examples
+            dominate the variance of few batches.
     """
 
     mean: float
@@ -29,15 +32,12 @@ class Scatter:
     dominance: float
 
 
-def scatter(
-    batches: Statistics, epsilon: float, *, rounding: float = 0.0
-) -> Scatter | None:
-    """How batches differ from which weights do not move: Bessel's variance.
+def scatter(batches: Statistics, epsilon: float) -> Scatter | None:
+    """Measures how batches differ while the weights stay the same.
 
     Args:
-        batches: Their statistics, of shape `(batches, channels)`.
+        batches: The batches' statistics, of shape `(batches, channels)`.
         epsilon: The layer's epsilon.
-        rounding: Variance of a mean that rounding makes, in the same units.
 
     Returns:
         The scatter; None with fewer than 4 batches, or if they are not finite.
@@ -51,40 +51,41 @@ def scatter(
         return None
     unit = batches.variance.mean(axis=0) + epsilon
     return Scatter(
-        _less(batches.mean.var(axis=0, ddof=1) / unit, rounding),
+        float((batches.mean.var(axis=0, ddof=1) / unit).mean()),
         math.sqrt(float((batches.variance.var(axis=0, ddof=1) / unit**2).mean())),
         _dominance(batches.variance, batches.variance, epsilon),
     )
 
 
-def neighbours(
+def scatter_of_runs(
     runs: Sequence[Statistics],
     epsilon: float,
     *,
     rounding: float = 0.0,
-    window: Statistics | None = None,
+    windows: Statistics | None = None,
 ) -> Scatter | None:
-    """How batches of successive training steps differ, apart from drift.
+    """Measures how batches of successive training steps differ, apart from drift.
 
-    With `D(k)` the mean squared difference of batches `k` steps apart, the variance is
-    `D(1) − D(2)/2`: in a random walk of the weights both grow alike, and the walk drops
-    out; a steady drift leaves nothing. Batches that alternate, which no window of an
-    even number of steps shows, differ in full.
+    With `D(k)`, the mean squared difference of batches `k` steps apart, the variance is
+    `D(1) − D(2)/2`. A random walk of the weights drops out of this, since it adds twice
+    as much to `D(2)`; a steady drift leaves nothing. The difference of alternating
+    batches counts in full, though windows of an even number of steps do not show it.
 
     Args:
         runs: For each run of successive steps the batches' statistics, of shape
             `(steps, channels)`.
         epsilon: The layer's epsilon.
-        rounding: Variance of a mean that rounding makes, in the same units.
-        window: Statistics of many steps together, which a rare batch of huge variance
-            dominates, though no run may have met one.
+        rounding: Variance that rounding adds to a mean, in the same units.
+        windows: Statistics of windows of many steps, of shape `(windows, channels)`. A
+            rare batch of huge variance shows in one of them, even if no run contains
+            it.
 
     Returns:
         The scatter, the median over the runs; None without runs of 4 steps.
 
     Examples:
         >>> means = np.array([[0.0], [2.0], [0.0], [2.0]])
-        >>> neighbours([Statistics(means, np.ones((4, 1)))], 0.0).mean
+        >>> scatter_of_runs([Statistics(means, np.ones((4, 1)))], 0.0).mean
         4.0
     """
     found = []
@@ -94,14 +95,14 @@ def neighbours(
         unit = run.variance.mean(axis=0) + epsilon
         found.append(
             (
-                _less(_noise(run.mean) / unit, rounding),
+                max(0.0, float((_noise(run.mean) / unit).mean()) - rounding),
                 math.sqrt(float((_noise(run.variance) / unit**2).mean())),
             )
         )
         last = run.variance
     if not found:
         return None
-    all_of_it = last if window is None else np.vstack([last, window.variance])
+    all_of_it = last if windows is None else np.vstack([last, windows.variance])
     return Scatter(
         float(np.median([mean for mean, _ in found])),
         float(np.median([variation for _, variation in found])),
@@ -110,7 +111,7 @@ def neighbours(
 
 
 def larger(one: Scatter | None, other: Scatter | None) -> Scatter | None:
-    """What either has shown, figure by figure; None if neither has."""
+    """The larger of each figure; None if there is no scatter at all."""
     if one is None or other is None:
         return one or other
     return Scatter(
@@ -128,14 +129,6 @@ def _noise(points: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(one - two / 2, 0.0))
 
 
-MIN_BATCHES = 4
-"""With fewer batches their scatter is a guess."""
-
-
-def _less(of_mean: np.ndarray, rounding: float) -> float:
-    return max(0.0, float(of_mean.mean()) - rounding)
-
-
 def _dominance(usual: np.ndarray, variances: np.ndarray, epsilon: float) -> float:
     middle = np.maximum(np.quantile(usual, 0.75, axis=0), 0.0) + epsilon
     return float(((variances.max(axis=0) + epsilon) / middle).max(initial=1.0))
@@ -146,10 +139,9 @@ def _is_finite(batches: Statistics) -> bool:
 
 
 def rounding_of(moving: Statistics, epsilon: float, momentum: float) -> float:
-    """Variance that float32 adds to a single batch's mean, taken from an average.
+    """Variance that float32 adds to a batch mean computed from two readings.
 
-    A reading is off by `2⁻²⁴·|μ|`, and `1/(1 − m)` times that when a batch is
-    computed from two of them.
+    A reading has an error of `2⁻²⁴·|μ|`, and the batch `1/(1 − m)` times that.
     """
     if momentum == 1:
         return math.inf

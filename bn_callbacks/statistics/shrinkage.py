@@ -1,18 +1,19 @@
-"""Statistics from a handful of examples, and from what is stored already.
+"""Corrects stored statistics by a handful of examples.
 
-A few examples tell little of each channel, and much of what all channels have in
-common. So what is stored is corrected in three steps, each by as much as they can tell:
+A few examples say little about each channel, but much about what all channels have in
+common. So the stored statistics are corrected in three steps, each only as far as the
+examples can tell:
 
-1. *The start values are taken out.* A moving average that has not run for long holds
-   `w·start + (1 − w)·batches`, with one `w` for all channels, of mean and variance.
-2. *All is scaled.* Inputs `α` times as large have `α` times the mean and `α²` times the
+1. *Remove the start values.* A moving average that has not run for long holds
+   `w·start + (1 − w)·batches`, with one `w` for means and variances of all channels.
+2. *Scale.* Inputs `α` times as large have `α` times the mean and `α²` times the
    variance, with one `α` for all channels.
-3. *Each channel moves towards its sample*, all by the same share. As in the estimator
-   of James and Stein (1961), the share is estimated from the distance of the sample
-   from what is stored, in units of the sample's own error: within it nothing moves.
+3. *Move each channel towards its sample*, all by the same share. As in the estimator of
+   James and Stein (1961), the share depends on the distance of the sample from what is
+   stored, in units of the sample's own error. Within the error nothing moves.
 
-How precise the sample is shows in how examples differ. The pixels of an image are
-alike, so that many of them are no reason for confidence.
+The differences between examples show how precise the sample is. The number of its
+pixels does not: pixels of one image are alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,31 +27,31 @@ from bn_callbacks.statistics.moments import Moments, Statistics
 Array = NDArray[np.float64]
 
 MIN_EXAMPLES = 3
-"""Fewer examples do not show how examples differ."""
+"""Smallest number of examples that show how examples differ."""
 
 CAUTION = 2.0
-"""Standard deviations of what chance makes of the distance; up to there nothing moves.
-Chosen on networks for digits (tests/benchmarks/handful.py): with 0, the loss of
-a healthy network doubled with 8 examples."""
+"""Nothing moves unless the distance exceeds its average by chance by so many standard
+deviations. Chosen on networks for digits (tests/benchmarks/handful.py): with 0, the
+loss of a healthy network doubled with 8 examples."""
 
 FACTOR_CAUTION = 1.5
-"""Standard errors up to which one factor for all channels is no reason to move."""
+"""Standard errors up to which one factor for all channels changes nothing."""
 
 FARTHEST = 1.5
-"""Distance that counts at most, in `σ` or of its logarithm: a channel that is silent in
-a few examples has no variance there, and no end of distance."""
+"""Largest distance that counts, in `σ` or of its logarithm. Without a bound, a channel
+that is silent in a few examples would be infinitely far off."""
 
 TINY = 1e-30
 
 
 class Shrunk(NamedTuple):
-    """Statistics of a layer, and where they are from.
+    """Corrected statistics of a layer, and how they were corrected.
 
     Attributes:
         statistics: Mean and variance of each channel, of shape `(channels,)`.
-        start_weight: Weight of the start values that was taken out of what is stored.
-        scale: What the mean was multiplied with then; the variance with its square.
-        share: How much of the way from there to the sample was gone, from 0 to 1.
+        start_weight: Weight of the start values that was removed from what is stored.
+        scale: Factor by which the mean was multiplied then; the variance by its square.
+        share: How far the result was moved towards the sample then, from 0 to 1.
         error: Standard error of the sample, in standard deviations.
     """
 
@@ -62,15 +63,16 @@ class Shrunk(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What examples say of some channels.
+    """The statistics of some channels over the examples, and their errors.
 
     Attributes:
-        mean: Their mean, `(channels,)`.
-        variance: Their variance, without bias, `(channels,)`.
-        of_mean: What each example adds to the error of the mean,
+        mean: Mean, `(channels,)`.
+        variance: Unbiased variance, `(channels,)`.
+        of_mean: What each example contributes to the error of the mean,
             `(examples, channels)`; the sum of the squares is the squared error.
-        of_variance: The same of the variance.
-        without: Statistics of all but one example, `(examples, channels)` each.
+        of_variance: The same for the variance.
+        without: Statistics without one example, for each of them:
+            `(examples, channels)`.
     """
 
     mean: Array
@@ -87,17 +89,16 @@ def shrunk(
     epsilon: float,
     caution: float = CAUTION,
 ) -> Shrunk:
-    """Corrects what is stored by what examples say, as far as they can say it.
+    """Corrects stored statistics by examples, as far as these can tell.
 
     Args:
-        examples: The moments of each example, or of each of some groups of equally
-            many: at least 3 that are not empty.
-        stored: What the layer stores. A channel where that is no number, or a negative
-            variance, gets what the sample has.
+        examples: The moments of each example, or of groups of equally many examples; at
+            least 3 that are not empty.
+        stored: What the layer stores. A channel with a negative variance, or a value
+            that is not finite, gets the statistics of the sample.
         start: What the layer was built with.
         epsilon: The layer's epsilon.
-        caution: Standard deviations of what chance makes of the distance, up to which
-            nothing moves.
+        caution: See `CAUTION`.
 
     Returns:
         The statistics. Channels that fewer than 3 examples reach keep what is stored.
@@ -118,8 +119,9 @@ def shrunk(
     examples = [each for each in examples if not each.is_empty]
     if len(examples) < MIN_EXAMPLES:
         raise ValueError(
-            "So few examples do not show how examples differ. Received: "
-            f"{len(examples)} that count. Pass at least {MIN_EXAMPLES}, better 8."
+            "There are too few examples to see how they differ. Received: "
+            f"{len(examples)} that are not empty. Pass at least {MIN_EXAMPLES}, better "
+            "8."
         )
     counts = np.stack([each.count for each in examples])
     reached = (counts > 0).sum(axis=0) >= MIN_EXAMPLES
@@ -132,7 +134,7 @@ def shrunk(
     used = is_prior[reached]
     mean, variance = stored.mean.copy(), stored.variance.copy()
     new, start_weight, scale, share = _corrected(
-        _of(sample, used),
+        _select(sample, used),
         Statistics(stored.mean[reached][used], stored.variance[reached][used]),
         Statistics(start.mean[reached][used], start.variance[reached][used]),
         epsilon,
@@ -164,7 +166,7 @@ def _sample(counts: Array, means: Array, variances: Array) -> Sample:
     second = variances + np.square(means - mean)
     variance = (weight * second).sum(axis=0)
     of_mean = bessel * weight * (means - mean)
-    # The mean of the examples is nearer to them than the true mean, by its error.
+    # Examples are nearer to their own mean than to the true one.
     unbiased = variance + np.square(of_mean).sum(axis=0)
     left = np.maximum(1 - weight, TINY)
     without_mean = (mean - weight * means) / left
@@ -183,7 +185,7 @@ def _sample(counts: Array, means: Array, variances: Array) -> Sample:
     )
 
 
-def _of(sample: Sample, channels: NDArray[np.bool_]) -> Sample:
+def _select(sample: Sample, channels: NDArray[np.bool_]) -> Sample:
     without = Statistics(*(part[:, channels] for part in sample.without))
     return Sample(
         sample.mean[channels],
@@ -201,7 +203,7 @@ def _corrected(
     epsilon: float,
     caution: float,
 ) -> tuple[Statistics, float, float, float]:
-    """The statistics, the weight of the start, the scale and the share."""
+    """Returns the statistics, the weight of the start, the scale and the share."""
     factors = {"start": 0.0, "scale": 0.0}
     if not stored.mean.size:
         return stored, 0.0, 1.0, 0.0
@@ -210,7 +212,7 @@ def _corrected(
     while steps and fit.noise > 0:
         tried = {name: fit.best(step, target) for name, step in steps.items()}
         found = {name: steps[name](target, one) for name, one in tried.items()}
-        # What explains more goes first: each may look like the other.
+        # Begins with the one that explains more, as each may look like the other.
         name = min(found, key=lambda each: fit.distance(found[each]))
         if fit.distance(found[name]) >= fit.distance(target):
             break
@@ -226,20 +228,20 @@ def _corrected(
 
 
 Step = Callable[[Statistics, float], Statistics]
-"""Statistics, and how far to move them, 0 for nowhere; gives others."""
+"""Takes statistics and how far to move them; returns the moved ones."""
 
 STEP = 0.05
-"""Between the values that are tried, of a logarithm."""
+"""Distance between the logarithms that are tried."""
 
 
 def _without_start(start: Statistics) -> Step:
-    """Takes the start values out, of the weight `1 − exp(−u)`."""
+    """Makes a step that removes start values of the weight `1 − exp(−u)`."""
 
     def step(stored: Statistics, u: float) -> Statistics:
         weight = -np.expm1(-u)
         mean = stored.mean - weight * start.mean
         variance = stored.variance - weight * start.variance
-        # Nothing has a variance below 0: there it was less.
+        # A variance below 0 means that the weight was smaller in that channel.
         least = 1e-3 * (1 - weight) * stored.variance
         return Statistics(
             mean / (1 - weight), np.maximum(variance, least) / (1 - weight)
@@ -249,15 +251,15 @@ def _without_start(start: Statistics) -> Step:
 
 
 def _scaled(stored: Statistics, g: float) -> Statistics:
-    """All channels scaled by `exp(g)`."""
+    """Scales all channels by `exp(g)`."""
     return Statistics(stored.mean * np.exp(g), stored.variance * np.exp(2 * g))
 
 
 class _Fit:
-    """Finds the one number that brings statistics nearest to a sample.
+    """Finds how far a step must go to bring statistics nearest to a sample.
 
-    Means are held against each other in units of `σ`, of which also half the logarithm
-    of the variance is one; each over its mean square error.
+    The distance is that of the means in units of `σ` and that of the logarithms of `σ`,
+    both squared and over their mean square errors.
     """
 
     def __init__(self, sample: Sample, stored: Statistics, epsilon: float) -> None:
@@ -270,15 +272,15 @@ class _Fit:
         self.noise = min(self._of_mean.mean(), self._of_scale.mean())
 
     def distance(self, statistics: Statistics) -> float:
-        """The distance of the sample from these."""
+        """The squared distance of the sample from these statistics."""
         whole = Statistics(self._sample.mean[None], self._sample.variance[None])
         return float(self._distances(whole, statistics)[0])
 
     def best(self, step: Step, target: Statistics) -> float:
-        """How far to move, less the more the less sure it is.
+        """How far to move; less if that is uncertain.
 
-        The standard error is that of the jackknife: from the same of all but one
-        example, each of them in turn.
+        The standard error is that of the jackknife, which repeats the search without
+        each of the examples.
         """
         least = 0.0 if step is not _scaled else -7.0
         tried = np.arange(least, 7.0 + STEP / 2, STEP)
@@ -298,11 +300,11 @@ class _Fit:
         return np.stack([self._distances(samples, step(target, u)) for u in tried])
 
     def _distances(self, samples: Statistics, statistics: Statistics) -> Array:
-        """The distance of each of some samples, `(samples, channels)`."""
+        """The squared distance of each sample; samples are `(samples, channels)`."""
         shift = np.square(samples.mean - statistics.mean) / self._sigma2
         log = _log(samples.variance, self._epsilon) + self._of_scale.mean()
         ratio = np.square(log - _log(statistics.variance, self._epsilon))
-        # One channel far off, as a silent one, is not to decide for all.
+        # One channel that is far off, such as a silent one, must not decide for all.
         shift, ratio = (np.minimum(each, FARTHEST**2) for each in (shift, ratio))
         return np.asarray(
             shift.sum(axis=1) / self._of_mean.mean()
@@ -311,7 +313,7 @@ class _Fit:
 
 
 def _minimum(tried: Array, costs: Array) -> Array:
-    """Where each column has its least value, between the values that were tried."""
+    """Interpolates where each column of costs has its minimum."""
     index = costs.argmin(axis=0)
     found = tried[index]
     inner = (index > 0) & (index < len(tried) - 1)
@@ -325,17 +327,18 @@ def _minimum(tried: Array, costs: Array) -> Array:
 def _towards(
     sample: Sample, target: Statistics, epsilon: float, caution: float
 ) -> tuple[Statistics, float]:
-    """Moves all channels towards the sample, and the share of the way that is gone.
+    """Moves all channels towards the sample by one share of the way; returns the share.
 
     Let `D` be the mean square distance, in units of `σ` and of the logarithm of `σ`,
-    and `N` what the sample's error makes on average: `D = N + truth`. The distance that
-    chance makes has a standard deviation of `N·sqrt(2/d)`, where `d` is the number of
-    directions in which examples differ: channels that move together are one. The share
-    is `truth/(truth + N)`, with a `truth` less `caution` times that.
+    and `N` the part of it that the sample's error makes on average: `D = N + truth`.
+    This part has a standard deviation of `N·sqrt(2/d)`, where `d` is the number of
+    directions in which examples differ; channels that move together are one direction.
+    The share is `truth/(truth + N)`, after `caution` times that standard deviation has
+    been subtracted from `truth`.
     """
     sigma2 = np.maximum((sample.variance + target.variance) / 2 + epsilon, TINY)
     before, after = _log(target.variance, epsilon), _log(sample.variance, epsilon)
-    # The logarithm of what is right on average is too small on average, by its error.
+    # The logarithm of an unbiased estimate is too small on average, by its error.
     after = after + _errors(sample, sigma2, epsilon)[1].mean()
     shift = np.square(sample.mean - target.mean) / sigma2
     ratio = np.square(np.minimum(np.abs(after - before), FARTHEST))
@@ -360,7 +363,7 @@ def _log(variance: Array, epsilon: float) -> Array:
 
 
 def _influences(sample: Sample, sigma2: Array, epsilon: float) -> Array:
-    """What each example adds to the errors of means and scales, side by side."""
+    """What each example contributes to the errors of all means, then of all scales."""
     spread = np.maximum(sample.variance + epsilon, TINY)
     return np.concatenate(
         [sample.of_mean / np.sqrt(sigma2), sample.of_variance / (2 * spread)], axis=1
@@ -368,7 +371,7 @@ def _influences(sample: Sample, sigma2: Array, epsilon: float) -> Array:
 
 
 def _errors(sample: Sample, sigma2: Array, epsilon: float) -> tuple[Array, Array]:
-    """Squared errors of each channel's mean and scale."""
+    """The squared errors of each channel's mean and scale."""
     squares = np.square(_influences(sample, sigma2, epsilon)).sum(axis=0)
     # As with Student's t: few examples look more alike than they are.
     squares *= (len(sample.of_mean) - 1) / (len(sample.of_mean) - 2)
@@ -377,16 +380,17 @@ def _errors(sample: Sample, sigma2: Array, epsilon: float) -> tuple[Array, Array
 
 
 def _noise(sample: Sample, sigma2: Array, epsilon: float) -> float:
-    """The mean square error of both, over all channels."""
+    """The mean square error of means and scales, over all channels."""
     errors = np.concatenate(_errors(sample, np.maximum(sigma2, TINY), epsilon))
     return float(errors.mean()) if errors.size else 0.0
 
 
 def _directions(influences: Array) -> float:
-    """How many directions examples differ in: `(tr S)² / tr S²`, of their covariance S.
+    """Number of directions in which examples differ: `(tr S)² / tr S²`.
 
-    Of few examples `tr S²` would be too large: in it each example meets itself. What is
-    left out is what that adds, for normal ones.
+    `S` is their covariance. With few examples `tr S²` is too large, since it contains
+    the square of each example with itself. The estimate is corrected by what this adds
+    for normal examples.
     """
     number = len(influences)
     gram = influences @ influences.T

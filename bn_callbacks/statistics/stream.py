@@ -1,4 +1,4 @@
-"""What successive windows of batch statistics say of the stream behind them."""
+"""Tells noise from drift in successive windows of batch statistics."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.moving_average import average_noise
 
 LINEAR, WALK = 2.0, 1.0
+"""Exponents of the squared distance over time: of a steady drift, of a random walk."""
+
 MIN_WINDOWS = 4
-"""With fewer windows than these, noise and drift cannot be told apart."""
+"""With fewer windows, noise and drift cannot be told apart."""
 
 
 @dataclass(frozen=True)
 class Stream:
     """Noise and drift of batch statistics, in units of the batch variance.
 
-    A stationary stream differs between two times by its sampling noise alone; a
-    drifting one the more, the further the times are apart.
+    Two windows of a stationary stream differ by sampling noise alone. Those of a
+    drifting one differ more, the further they are apart.
 
     Args:
         mean_noise: Variance of one batch's mean.
@@ -61,12 +63,12 @@ class Stream:
         """The momentum that minimises squared drift lag plus noise.
 
         Args:
-            largest: Bound for the result, so that the start is forgotten in time.
+            largest: Largest result allowed, so that the start is forgotten in time.
 
         Returns:
             A momentum from 0 to `largest`.
         """
-        # At once, for each layer of a model asks.
+        # All candidates at once, since this runs for each layer of a model.
         new = np.geomspace(1.0, max(1 - largest, 1e-6), 200)
         ages = (1 - new) / new
         drift_lags = self.power / 2 * self.drift * ages**self.power
@@ -77,22 +79,23 @@ class Stream:
 def observe(
     windows: Statistics, epsilon: float, share: float, updates: int
 ) -> Stream | None:
-    """Tells noise from drift by the structure function of the windows.
+    """Separates noise from drift by the structure function of the windows.
 
     Windows `k` apart have the mean squared difference `D(k) = 2v + A·(kN)^α`, where `v`
     is the sampling variance of a window and the rest is drift. From `k` = 1, 2, 4
 
         2^α = (D(4) − D(2)) / (D(2) − D(1)),    1 ≤ α ≤ 2,
 
-    (`α` = 1 with less than 8 windows), then `A` and `v`. A window of N updates has the
-    variance `q·s²` for that of one batch, `s²`, with `q = window_noise(m, N)`.
-    Everything is measured in units of the batch variance and averaged over channels.
+    (`α` = 1 with fewer than 8 windows), then `A` and `v`. Where the statistics of one
+    batch have the variance `s²`, those of a window of N updates have `q·s²`, with
+    `q = window_noise(m, N)`. Everything is in units of the batch variance, and averaged
+    over the channels.
 
     Args:
         windows: Batch statistics of successive windows, equally long, oldest first:
             of shape `(windows, channels)`.
         epsilon: The layer's epsilon.
-        share: `q`, the share of a batch's variance that a window has.
+        share: `q`, the variance of a window over that of a batch.
         updates: `N`, the updates of a window.
 
     Returns:
@@ -118,9 +121,9 @@ def observe(
 
 
 def recurrence(before: Statistics, after: Statistics, epsilon: float) -> float | None:
-    """Variance of the windows' means in an epoch, if the next epoch repeats it.
+    """Variance of the windows' means in an epoch, if the next epoch repeats them.
 
-    That is what examples in an order do, and neither noise nor weights that move.
+    Examples in a fixed order repeat them; noise and moving weights do not.
 
     Args:
         before: Batch statistics of the windows of an epoch: `(windows, channels)`.
@@ -128,8 +131,8 @@ def recurrence(before: Statistics, after: Statistics, epsilon: float) -> float |
         epsilon: The layer's epsilon.
 
     Returns:
-        The variance in units of the batch variance, 0 if the epochs differ by more
-        than half of it; None with fewer than 4 windows, or not equally many.
+        The variance in units of the batch variance; 0 if the epochs differ by more than
+        half of it; None with fewer than 4 windows, or with different numbers.
     """
     if not MIN_WINDOWS <= len(after.mean) == len(before.mean):
         return None
@@ -141,7 +144,7 @@ def recurrence(before: Statistics, after: Statistics, epsilon: float) -> float |
 
 
 def _structure(points: np.ndarray) -> np.ndarray:
-    """`D(1)`, `D(2)` and, with enough windows, `D(4)`; a row for each quantity."""
+    """`D(1)`, `D(2)` and, with enough windows, `D(4)`; one row for each quantity."""
     steps = (1, 2, 4) if points.shape[1] >= 8 else (1, 2)
     apart = [points[:, k:] - points[:, :-k] for k in steps]
     return np.stack(
@@ -162,6 +165,6 @@ def _growth(structure: Sequence[float]) -> tuple[float, float]:
 
 
 def _noise(structure: Sequence[float], power: float) -> float:
-    """`v`, with the exponent of the drift known."""
+    """`v`, given the exponent of the drift."""
     rise = max(0.0, structure[1] - structure[0])
     return float(max(0.0, structure[0] - rise / (2**power - 1))) / 2

@@ -1,1 +1,1 @@
-"""From readings of the moving averages in training to what is said of them."""
+"""Reads the moving averages in a training, and decides what to say of them."""

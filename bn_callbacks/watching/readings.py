@@ -1,4 +1,4 @@
-"""The moving averages as they were last read, and who has written them since."""
+"""Reads the moving averages, and finds out who else has written them."""
 
 from collections.abc import Sequence
 
@@ -13,29 +13,27 @@ Flat = NDArray[np.float64]
 """All averages of all layers, of shape `(replicas, values)`."""
 
 
-class Readings:
-    """Reads the averages of some layers; the last reading is kept.
+class Readings(Reader):
+    """Reads the averages of some layers, and keeps the last reading.
 
-    Somebody else may write them between two readings: this library, which leaves a
-    mark, or others, which shows only where no training was in between.
+    Between two readings not only training may write them. This library counts its own
+    writes; those of others show only if no training step was made in between.
 
     Args:
         model: The model in training.
         layers: The layers to read.
+
+    Attributes:
+        now: The last reading.
     """
 
     def __init__(self, model: keras.Model, layers: Sequence[BatchNormLayer]) -> None:
-        self.layers = list(layers)
-        self._reader = Reader(model, layers)
-        self.now: Flat = self._reader()[1]
+        super().__init__(model, layers)
+        self.now: Flat = self()[1]
         self._versions = self.versions()
 
-    def read(self) -> tuple[int | None, Flat]:
-        """The optimizer's step counter (None without one) and all averages now."""
-        return self._reader()
-
     def versions(self) -> NDArray[np.int_]:
-        """A number for each layer, which changes when this library writes it."""
+        """A number for each layer that changes when this library writes the layer."""
         return np.array(versions(self.layers), int)
 
     def keep(
@@ -45,51 +43,42 @@ class Readings:
 
         Args:
             now: The averages.
-            current: The `versions` when they were read; by default as they are.
+            current: The `versions` at that time; by default the present ones.
 
         Returns:
-            For each layer, whether this library has written it since the one before.
+            For each layer, whether this library has written it since the reading
+            before.
         """
         current = self.versions() if current is None else current
         is_written: NDArray[np.bool_] = current != self._versions
         self.now, self._versions = now, current
         return is_written
 
-    def rebase(
+    def reread(
         self,
     ) -> tuple[tuple[int | None, Flat], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Reads and keeps, where no training was since the last reading.
+        """Reads and keeps; call it if no training step was made since the last reading.
 
         Returns:
-            As `read`; and for each layer, whether this library has written it, and
+            As a call; and for each layer, whether this library has written it, and
             whether somebody else has.
         """
         before = self.now
-        reading = self.read()
+        reading = self()
         is_own = self.keep(reading[1])
         return reading, is_own, ~self.is_same(before, self.now) & ~is_own
 
-    def is_untouched(self) -> bool:
-        """Whether nobody has written the averages since the last reading."""
-        return bool(self.is_same(self.now, self.read()[1]).all())
+    def is_current(self) -> bool:
+        """Whether the averages are still those of the last reading."""
+        return bool(self.is_same(self.now, self()[1]).all())
 
     def is_same(self, one: Flat, other: Flat) -> NDArray[np.bool_]:
-        """For each layer, whether two readings agree, NaN with NaN."""
-        return self._reader.all_per_layer(
-            (one == other) | (np.isnan(one) & np.isnan(other))
-        )
+        """For each layer, whether two readings are equal; NaN equals NaN."""
+        return self.all_per_layer((one == other) | (np.isnan(one) & np.isnan(other)))
 
     def choose(self, which: NDArray[np.bool_], one: Flat, other: Flat) -> Flat:
-        """The averages of `one` for the layers chosen, of `other` for the rest."""
-        return np.where(self._reader.spread(which), one, other)
-
-    def columns(self, which: Sequence[bool]) -> NDArray[np.bool_]:
-        """The values that belong to the layers chosen."""
-        return self._reader.spread(which)
-
-    def averages(self, flat: Flat, index: int) -> NDArray[np.float64]:
-        """One layer's two averages in each row, `(rows, 2, channels)`."""
-        return self._reader.averages(flat, index)
+        """The averages of `one` for the chosen layers, of `other` for the rest."""
+        return np.where(self.spread(which), one, other)
 
     def statistics(self, flat: Flat, index: int) -> list[Statistics]:
         """One layer's mean and variance on each replica."""

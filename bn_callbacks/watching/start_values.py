@@ -1,4 +1,4 @@
-"""What is left in the moving averages of the values they began with."""
+"""Knows how much of their start values the moving averages still hold."""
 
 from collections.abc import Sequence
 
@@ -14,18 +14,18 @@ from bn_callbacks.watching.readings import Flat, Readings
 
 
 class StartValues:
-    """Keeps the start values of some layers' averages, and their weight.
+    """Keeps the start values of some layers' averages, and their weights.
 
-    Values that others have written into a layer are good as they are: nothing is
-    taken out of that layer from then on.
+    If something else than training writes a layer, its values are taken to be right:
+    from then on the weight of its start is 0.
 
     Args:
         model: The model in training.
         layers: Its BN layers.
-        is_late: Whether training has begun already, with the values that new layers
-            have.
-        before: The same from an earlier `fit`, which goes on in every layer that
-            nobody has written since.
+        is_late: Whether the first step has been made already, from the values of new
+            layers.
+        before: Those of an earlier `fit`, which continue in each layer that nobody has
+            written since.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class StartValues:
         self.layers = list(layers)
         self._readings = Readings(model, layers)
         self._start = self._readings.now
-        # The weight of the start in each average; NaN where it cannot be known.
+        # The weight of the start in each layer; NaN if it cannot be known.
         self._weights = np.ones(len(layers))
         self._watch = CallWatch(model, layers)
         self._model = model
@@ -48,15 +48,14 @@ class StartValues:
             initial = [part for bn in layers for part in _initial(bn)]
             start = np.concatenate([*initial, np.zeros(0)])
             self._start = np.tile(start, (len(self._readings.now), 1))
-        elif before is not None and before._is_of(layers):
+        elif before is not None and [bn.layer for bn in before.layers] == [
+            bn.layer for bn in layers
+        ]:
             goes_on = self._readings.is_same(before._readings.now, self._readings.now)
             self._weights = np.where(goes_on, before._weights, 1.0)
             self._start = self._readings.choose(
                 goes_on, before._start, self._readings.now
             )
-
-    def _is_of(self, layers: Sequence[BatchNormLayer]) -> bool:
-        return [bn.layer for bn in self.layers] == [bn.layer for bn in layers]
 
     @property
     def is_known(self) -> bool:
@@ -65,18 +64,18 @@ class StartValues:
 
     def read(self) -> tuple[int | None, Flat]:
         """The optimizer's step counter (None without one) and all averages."""
-        reading = self._readings.read()
+        reading = self._readings()
         self._drop(self._readings.keep(reading[1]))
         return reading
 
-    def rebase(self) -> tuple[int | None, Flat]:
-        """Reads, as `read`, where no training was since the last reading."""
-        reading, is_own, is_foreign = self._readings.rebase()
+    def reread(self) -> tuple[int | None, Flat]:
+        """As `read`; call it if no training step was made since the last reading."""
+        reading, is_own, is_foreign = self._readings.reread()
         self._drop(is_own | is_foreign)
         return reading
 
     def watch_calls(self) -> None:
-        """Training begins: watches how often its steps update each layer."""
+        """Watches, as training begins, how often a step updates each layer."""
         if not (self._is_counted or self._watch.is_watching):
             self._watch.begin()
 
@@ -85,7 +84,7 @@ class StartValues:
         self._start = self._readings.choose(is_foreign, self._readings.now, self._start)
 
     def advance(self, steps: int | None) -> None:
-        """Lowers the weights by so many training steps; None if unknown."""
+        """Reduces the weights after so many training steps; None if unknown."""
         if self._watch.is_watching:
             self._watch.end(steps or 0)
             self._is_counted = True
@@ -99,15 +98,15 @@ class StartValues:
             else:
                 self._weights[index] *= start_weight(bn.momentum, steps * calls.updates)
 
-    def take_out(self) -> None:
+    def write_debiased(self) -> None:
         """Writes the debiased statistics into the layers.
 
-        The averages go on from them, and of these the weight is what it was of the
-        start values: so the next time gives the closed form over all batches again.
-        A variance below 0 proves that the updates were counted wrongly: that layer
-        is left as it is, for good.
+        Training continues from them. They have the weight that the start values had, so
+        the next call again gives the weighted mean of all batches. A negative variance
+        proves that the updates were counted wrongly; that layer stays as it is, now and
+        later.
         """
-        self.rebase()
+        self.reread()
         now = self._readings.now
         chosen, values = [], []
         is_chosen = np.zeros(len(self.layers), bool)
@@ -126,11 +125,11 @@ class StartValues:
                 self._weights[index] = np.nan
             elif np.isfinite(mean).all() and np.isfinite(variance).all():
                 chosen.append(bn)
-                # What is left below 0 is rounding.
+                # Smaller values below 0 are rounding.
                 values.append(Statistics(mean, np.maximum(variance, 0)))
                 is_chosen[index] = True
         assign(chosen, values, in_training=False)
-        self._readings.keep(self._readings.read()[1])
+        self._readings.keep(self._readings()[1])
         self._start = self._readings.choose(is_chosen, self._readings.now, self._start)
 
 

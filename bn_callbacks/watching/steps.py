@@ -1,4 +1,4 @@
-"""Counting the training steps that `fit` has really made."""
+"""Counts the training steps that `fit` has really made."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from bn_callbacks.layers import steps_per_execution
 class StepCounter:
     """Counts the training steps of an epoch from what Keras tells a callback.
 
-    `on_train_batch_begin` tells how many steps were made before. How many more
-    followed, Keras does not say: `steps_per_execution` may not divide the epoch, and
-    data may run out, which Keras notices only in an execution that it has begun. The
-    optimizer's counter helps, but is no witness alone: TensorFlow raises it even in
-    a step that fails for want of data, and loss scaling leaves out steps. So what
-    `fit` announced is asked too, and whether the moving averages have moved. Where
-    all this leaves a doubt, the number is unknown.
+    `on_train_batch_begin` says how many steps were made before. Keras does not say how
+    many more followed: `steps_per_execution` may not divide the epoch, and data may run
+    out, which Keras notices only in an execution that it has begun. The optimizer's
+    counter alone is not enough: TensorFlow increments it even in a step that fails
+    because the data ended, and loss scaling skips steps. So the counter also uses the
+    number of steps that `fit` announced, and whether the moving averages have moved. If
+    a doubt remains, the number is unknown.
 
     Args:
         model: The model in training.
@@ -28,10 +28,10 @@ class StepCounter:
 
     def __init__(self, model: keras.Model, params: Mapping[str, Any] | None) -> None:
         self._model = model
-        self._announced = announced_steps(params)
+        self._announced = announced(params, "steps")
         self._is_fit = "steps" in (params or {})
         self._per_execution = steps_per_execution(model)
-        # Older versions run and count on, though only a part of the steps has data.
+        # Older versions count all steps of an execution, even those without data.
         self._stops_at_the_end = hasattr(model, "unrolled_steps_per_execution")
         optimizer = getattr(model, "optimizer", None)
         self._leaves_out = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
@@ -39,56 +39,56 @@ class StepCounter:
 
     def begin_epoch(self) -> None:
         """Forgets the epoch before."""
-        self._first: int | None = None
+        self._first_batch: int | None = None
         self._done = 0
         self._origin: int | None = None
         self._first_reading: NDArray[np.float64] | None = None
         self._last_reading: tuple[int, NDArray[np.float64]] | None = None
 
     def begin_batch(self, batch: int | None = None) -> int:
-        """Notes that an execution begins.
+        """Notes that an execution begins, which is one batch or `steps_per_execution`.
 
         Args:
-            batch: What Keras calls it. Not every epoch begins with 0: Keras 3.0 and
-                hand-written loops may count in other ways. By default the one after
-                the last.
+            batch: Its number in Keras. In Keras 3.0 and hand-written loops an epoch
+                need not begin with 0. By default, one more than the last.
 
         Returns:
             The number of steps made in the epoch before.
         """
         if batch is None:
-            batch = 0 if self._first is None else self._first + self._done + 1
-        if self._first is None:
-            self._first = batch
-        self._done = batch - self._first
+            first = self._first_batch
+            batch = 0 if first is None else first + self._done + 1
+        if self._first_batch is None:
+            self._first_batch = batch
+        self._done = batch - self._first_batch
         return self._done
 
     def is_last(self, batch: int) -> bool:
-        """Whether the execution that ends with this batch is the last announced one."""
-        if self._first is None or self._announced is None:
+        """Whether this batch ends the last execution that `fit` announced."""
+        if self._first_batch is None or self._announced is None:
             return False
-        return batch - self._first + 1 >= self._announced
+        return batch - self._first_batch + 1 >= self._announced
 
     @property
     def has_begun(self) -> bool:
         """Whether a batch of this epoch has begun."""
-        return self._first is not None
+        return self._first_batch is not None
 
     @property
     def needs_reading(self) -> bool:
-        """Whether the last announced execution begins, so that `observe` matters."""
+        """Whether to call `observe`: the last announced execution begins."""
         last = self._done + self._per_execution
         return self._announced is not None and self._announced <= last
 
     def observe(self, iterations: int | None, averages: NDArray[np.float64]) -> None:
-        """Notes a reading, as a batch begins; the first of an epoch is a must.
+        """Notes a reading as a batch begins; each epoch needs one at its first batch.
 
         Args:
             iterations: The optimizer's counter, None without one.
             averages: The moving averages.
         """
         is_first = self._first_reading is None
-        # Not always: a counter that counts in its own way would go unnoticed.
+        # Only then: otherwise a counter with rules of its own would go unnoticed.
         if iterations is not None and (is_first or self._leaves_out):
             self._origin = iterations - self._done
         if is_first:
@@ -98,7 +98,7 @@ class StepCounter:
     def finish(
         self, iterations: int | None, averages: NDArray[np.float64]
     ) -> int | None:
-        """Steps made in the epoch that has ended.
+        """Counts the steps of the epoch that has ended.
 
         Args:
             iterations: The optimizer's counter now, None without one.
@@ -128,7 +128,7 @@ class StepCounter:
             # With endless data, the last execution goes beyond what was announced.
             return counted if self._stops_at_the_end else min(counted, announced)
         if getattr(self._model, "stop_training", False) or not self._is_fit:
-            # Whoever ends an epoch on purpose ends it after an execution.
+            # A loop that stops early stops after a complete execution.
             if counted in possible:
                 return counted
             return full if self._is_fit else None
@@ -148,18 +148,12 @@ class StepCounter:
             return None
         if not np.array_equal(self._last_reading[1], averages, equal_nan=True):
             return True
-        # Averages that never move tell nothing.
+        # Averages that have not moved all epoch long say nothing.
         is_still = np.array_equal(self._first_reading, averages, equal_nan=True)
         return None if is_still else False
 
 
-def announced_steps(params: Mapping[str, Any] | None) -> int | None:
-    """Steps per epoch as `fit` announces them to callbacks."""
-    steps = (params or {}).get("steps")
-    return None if steps is None else int(steps)
-
-
-def announced_epochs(params: Mapping[str, Any] | None) -> int | None:
-    """Number of epochs as `fit` announces it to callbacks."""
-    epochs = (params or {}).get("epochs")
-    return None if epochs is None else int(epochs)
+def announced(params: Mapping[str, Any] | None, name: str) -> int | None:
+    """How many `steps` per epoch, or `epochs`, `fit` announces to callbacks."""
+    number = (params or {}).get(name)
+    return None if number is None else int(number)

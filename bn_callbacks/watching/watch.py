@@ -1,10 +1,10 @@
-"""A training watched: when the averages are read, and what comes of it.
+"""Watches a training: decides when to read the averages, and makes the reports.
 
-`BatchNormMonitor` calls it in `fit`, a loop without `fit` by itself. The way of a
-number: `Readings` reads the moving averages, `Windows` takes the batches out of them,
-`evidence_of` puts together what is known of a layer, the losses of a `Probe` say from
-which family a cause may come, `diagnose_model` names it, and `Findings` decides whether
-it deserves a word.
+`BatchNormMonitor` uses it in `fit`; a loop without `fit` uses it directly. The way of
+a number: `Readings` reads the moving averages, `Windows` computes the statistics of the
+batches from them, `evidence_of` collects what is known of a layer, the losses of a
+`Probe` say from which family a cause may come, `diagnose_model` names the cause, and
+`WarningFilter` decides whether to warn of it.
 """
 
 import dataclasses
@@ -31,35 +31,35 @@ from bn_callbacks.layers import (
     own_call,
     team_of,
 )
-from bn_callbacks.measuring.probe import Probe, Reading
+from bn_callbacks.measuring.probe import Probe, ProbeResult
 from bn_callbacks.report import BatchNormReport, layer_reports
 from bn_callbacks.statistics.causes import CORRELATED_BATCHES, HEALTHY
 from bn_callbacks.statistics.diagnosis import DESIGN_LIMIT
 from bn_callbacks.statistics.evidence import DEFAULT_THRESHOLD, Evidence
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.scatter import Scatter, larger
-from bn_callbacks.watching.clues import find_clues
-from bn_callbacks.watching.episodes import EpisodeRecorder
-from bn_callbacks.watching.examples import ExampleCounter
-from bn_callbacks.watching.findings import Findings
+from bn_callbacks.watching.batch_size import BatchSizeObserver
+from bn_callbacks.watching.episode_recorder import EpisodeRecorder
+from bn_callbacks.watching.notes import find_notes
 from bn_callbacks.watching.readings import Flat
-from bn_callbacks.watching.steps import StepCounter, announced_epochs, announced_steps
+from bn_callbacks.watching.steps import StepCounter, announced
+from bn_callbacks.watching.warning_filter import WarningFilter
 from bn_callbacks.watching.windows import RUN, Windows
 
-MAX_INTERVAL = 100
-MIN_INTERVAL = 10
-WINDOWS_PER_FIT = 10
-WINDOWS_PER_EPOCH = 5
+MIN_INTERVAL, MAX_INTERVAL = 10, 100
+"""Bounds for the number of steps between two readings; a short `fit` goes below."""
+
+WINDOWS_PER_FIT, WINDOWS_PER_EPOCH = 10, 5
+"""Windows that a `fit` and an epoch should give, if they are long enough."""
 
 PROOFS = 2
-"""Epochs' ends that must prove grouped batches before it is taken for granted."""
-
+"""Epochs that must show grouped batches before the monitor relies on it."""
 
 MAX_TOLD = 3
-"""Episodes that the last warning tells of, at most."""
+"""Largest number of past episodes in the last warning."""
 
 
-class _AfterTheLast(NamedTuple):
+class _LastReading(NamedTuple):
     """What was read right after the last training step of an epoch."""
 
     reading: tuple[int | None, Flat]
@@ -70,16 +70,16 @@ class _AfterTheLast(NamedTuple):
 class BatchNormWatch:
     """Watches the BN layers of a model in a training loop without `fit`.
 
-    In `fit`, `BatchNormMonitor` does the same and needs no calls.
+    In `fit`, `BatchNormMonitor` does the same by itself.
 
     Args:
-        model: The model in training. Compiled, if there is a `probe`; its optimizer,
-            where it has one, helps to count steps.
+        model: The model in training. It must be compiled if there is a `probe`. Its
+            optimizer, if it has one, helps to count steps.
         steps: Training steps of an epoch; `None`, the default, if unknown.
         epochs: Epochs of the training; 1 by default, `None` if unknown.
         probe: As `BatchNormMonitor` takes it; none by default.
         layers: Which layers, as `recalibrate` takes them; all by default.
-        threshold: Lag, in standard deviations, above which something is said; 0.2 by
+        threshold: Lag, in standard deviations, above which there is a message; 0.2 by
             default.
 
     Attributes:
@@ -141,7 +141,7 @@ class BatchNormWatch:
         layers: LayerSelection,
         threshold: float,
     ) -> "BatchNormWatch":
-        """A watch for a callback, with the `params` that `fit` has given it."""
+        """Makes a watch for a callback, with the `params` that it got from `fit`."""
         watch = cls.__new__(cls)
         watch._set_up(model, params, probe, layers, threshold)
         return watch
@@ -161,19 +161,17 @@ class BatchNormWatch:
         self.interval = MIN_INTERVAL
         self.every: int | None = None
         self._data, self._selection, self._threshold = probe, layers, threshold
-        self._epochs, self._announced = (
-            announced_epochs(params),
-            announced_steps(params),
-        )
+        self._epochs = announced(params, "epochs")
+        self._announced = announced(params, "steps")
         self._counter = StepCounter(model, params)
         self._first_epoch: int | None = None
-        self._findings = Findings(threshold)
+        self._warnings = WarningFilter(threshold)
         self._episodes: EpisodeRecorder | None = None
         self._epoch = 0
         self._steps_done = self._epochs_done = 0
-        self._reading: Reading | None = None
+        self._probe_result: ProbeResult | None = None
         self._is_fresh = False
-        self._clues: tuple[str, ...] | None = None
+        self._notes: tuple[str, ...] | None = None
         self._is_recalibrated = False
         self._proofs: Counter[str] = Counter()
         self._windows: Windows | None = None
@@ -184,11 +182,11 @@ class BatchNormWatch:
     def _begin_readings(self) -> None:
         self._counter.begin_epoch()
         self._read_at: int | None = None
-        self._last: _AfterTheLast | None = None
+        self._last: _LastReading | None = None
         self._due_at = self._singles_from = self._shown_at = 0
 
     def _start(self) -> None:
-        """Finds the layers, once the model is built."""
+        """Finds the layers; the model must be built."""
         self.layers = find(self.model, self._selection)
         if not self.layers:
             self.report = BatchNormReport()
@@ -203,16 +201,16 @@ class BatchNormWatch:
         self._windows = Windows(self.model, self.layers, self.interval)
         self._calls = CallWatch(self.model, self.layers)
         self._knows_calls = False
-        self._examples = ExampleCounter(self.model)
+        self._batch_size = BatchSizeObserver(self.model)
         self._fingerprint = Fingerprint(self.model)
         self._weights: list[NDArray[np.float64]] | None = None
 
     def begin_epoch(self, epoch: int | None = None) -> None:
-        """An epoch begins.
+        """Call it as an epoch begins.
 
         Args:
-            epoch: Its number, where training resumes at a later one; `None`, the
-                default, where it begins with 0.
+            epoch: Its number, if training resumes at a later one; by default, `None`,
+                epochs are counted from 0.
         """
         if self._first_epoch is None:
             self._first_epoch = epoch or 0
@@ -221,25 +219,25 @@ class BatchNormWatch:
         self._begin_readings()
 
     def begin_step(self, batch: int | None = None) -> None:
-        """A training step is about to begin.
+        """Call it before each training step.
 
         Args:
-            batch: Its number in the epoch; by default one more than the last.
+            batch: Its number in the epoch; by default, one more than the last.
         """
         self.advance(batch)
 
     def advance(self, batch: int | None = None) -> bool:
-        """Does it, and says whether a chart is due, every `every` steps."""
+        """As `begin_step`; returns whether a chart is due, as every `every` steps."""
         done = self._counter.begin_batch(batch)
         self._is_fresh = False
         if self.layers is None and is_built(self.model):
-            # A model that its first step builds is watched from the second on.
+            # The first step has built the model: watches it from the second on.
             self._start()
         if self._windows is None:
             return False
         if self._read_at is None:
-            self._counter.observe(*self._windows.rebase())
-            self._examples.begin()
+            self._counter.observe(*self._windows.reread())
+            self._batch_size.begin()
             self._read_at = self._shown_at = done
             self._due_at = done + self.interval
             self._singles_from = done + self._lead()
@@ -248,31 +246,31 @@ class BatchNormWatch:
             return False
         if self._calls.is_watching:
             self._learn_calls(done - self._read_at)
-        self._examples.observe(done)
-        # Workers must read at the same steps, whether they write or not.
+        self._batch_size.observe(done)
+        # All workers must read at the same steps, though only one writes charts.
         is_shown = self.every is not None and done - self._shown_at >= self.every
         if is_shown or done >= self._due_at or self._is_single(done):
-            reading = self._windows.read()
+            reading = self._windows.readings()
             self._counter.observe(*reading)
             self._windows.close(reading[1], done - self._read_at)
             self._read_at = done
             if is_shown or done >= self._due_at:
                 self._due_at = done + self.interval
         elif self._counter.needs_reading:
-            self._counter.observe(*self._windows.read())
+            self._counter.observe(*self._windows.readings())
         if is_shown:
             self._shown_at = done
         return is_shown
 
     def _lead(self) -> int:
-        """Steps before single ones are read: some windows, each epoch one more."""
+        """Steps before the single ones: in each epoch they begin one window later."""
         if self._announced is None:
             return self.interval
         windows = max(0, self._announced - RUN) // self.interval
         return self.interval * ((self._epochs_done + 1) % (windows + 1))
 
     def _is_single(self, done: int) -> bool:
-        """Whether to read single steps now: a few in early epochs, then rarely."""
+        """Whether to read after this single step: a few steps in early epochs."""
         epoch = self._epochs_done
         is_early = epoch < 4 or epoch & (epoch - 1) == 0
         return is_early and self._singles_from <= done <= self._singles_from + RUN
@@ -282,32 +280,34 @@ class BatchNormWatch:
         assert self.layers is not None
         self._calls.end(steps)
         self._knows_calls = True
-        self._windows.count(self.calls)
+        self._windows.set_calls(self.calls)
 
     @property
     def calls(self) -> list[Calls]:
-        """What a training step does with each layer, as far as it was seen."""
+        """How a training step calls each layer, as far as that was seen."""
         return calls_of(self.model, self.layers or [])
 
     def end_step(self, batch: int) -> None:
-        """A training step has been made; after an epoch's last one, reads.
+        """Reads after an epoch's last training step.
 
-        Whatever other callbacks do at the epoch's end comes after it, and so can be
-        told from training. May be called by another thread, while nothing trains.
+        This tells training from what other callbacks write at the epoch's end. Another
+        thread may call it while nothing trains.
 
         Args:
-            batch: Its number in the epoch.
+            batch: Number of the step in the epoch.
         """
         if self._windows is None or team_of(self.model).workers > 1:
             return
         if self._counter.is_last(batch):
             self._last = self._read_last(self._windows)
 
-    def _read_last(self, windows: Windows) -> _AfterTheLast:
-        return _AfterTheLast(windows.read(), windows.versions(), self._fingerprint())
+    def _read_last(self, windows: Windows) -> _LastReading:
+        return _LastReading(
+            windows.readings(), windows.readings.versions(), self._fingerprint()
+        )
 
     def end_steps(self) -> None:
-        """The steps of an epoch are over: before anybody validates, or writes."""
+        """Ends the steps of an epoch, before others validate or write."""
         if self._windows is None or self._read_at is None:
             return
         last, self._last = self._last or self._read_last(self._windows), None
@@ -321,17 +321,17 @@ class BatchNormWatch:
             last.versions,
         )
         self._windows.end_epoch()
-        self._examples.finish(steps)
+        self._batch_size.finish(steps)
         self._weights = last.weights
         self._steps_done += self._read_at if steps is None else steps
         self._epochs_done += 1
         self._begin_readings()
 
     def end_epoch(self) -> BatchNormReport:
-        """An epoch has ended: measures what there is to measure.
+        """Call it after each epoch.
 
         Returns:
-            The report.
+            The report; with a probe, its losses are new.
         """
         if self._windows is None:
             return self.report or BatchNormReport()
@@ -349,16 +349,16 @@ class BatchNormWatch:
         return report
 
     def end(self) -> BatchNormReport | None:
-        """Training has ended.
+        """Call it after training.
 
         Returns:
-            The last report, made anew where the weights have been replaced since (by
-            the optimizer's averages, for one); None where statistics were written
-            since, so that it is about something that is gone.
+            The last report. It is a new one if the weights have been replaced since,
+            for instance by the optimizer's averages. None if the statistics have been
+            written since, so that the report no longer describes them.
         """
         if self._windows is None or self.report is None:
             return None
-        if not self._windows.is_untouched():
+        if not self._windows.readings.is_current():
             self._look_outside()
             if not self._windows.is_touched:
                 return None
@@ -372,17 +372,17 @@ class BatchNormWatch:
         return self.report
 
     def close(self) -> None:
-        """Takes back what watches the model's calls, if training broke off."""
+        """Stops watching the model's calls, if training broke off."""
         if self._windows is not None and self._calls.is_watching:
             self._calls.end(0)
 
     @property
     def is_written(self) -> bool:
-        """Whether somebody has written averages since the last training step."""
+        """Whether anything has written averages since the last training step."""
         return self._windows is not None and bool(self._windows.is_written.any())
 
     def _look_outside(self) -> None:
-        """Sees whether anybody but training has changed the averages."""
+        """Checks whether anything but training has changed the averages."""
         if self._windows is not None and self._weights is not None:
             self._windows.look_outside(self._fingerprint.is_same(self._weights))
 
@@ -398,10 +398,10 @@ class BatchNormWatch:
         is_corrected: bool = False,
         cured: Collection[str] = (),
     ) -> list[str]:
-        """What deserves a word now, each thing once.
+        """Returns the warnings that are due; each comes once.
 
         Args:
-            is_last: Whether training has ended; by default if all epochs have.
+            is_last: Whether training has ended; by default, if all epochs have ended.
             is_corrected: Whether something else corrects the statistics at the end;
                 `False` by default.
             cured: Causes that something else cures at the end; none by default.
@@ -418,14 +418,14 @@ class BatchNormWatch:
                 for layer in self.report.layers
             ),
         )
-        messages = self._findings.messages(report, left, is_corrected)
+        messages = self._warnings.messages(report, left, is_corrected)
         before = [str(episode) for episode in report.episodes if episode.is_over]
         if messages and before and left == 0:
             messages[-1] += f" Before that: {'; '.join(before[-MAX_TOLD:])}."
         return messages
 
     def expect(self, *, is_recalibrated: bool) -> None:
-        """Says what others will do at the end, which the clues take account of."""
+        """Notes what others will do at the end; the report's notes depend on it."""
         self._is_recalibrated = is_recalibrated
 
     def _measure(self) -> None:
@@ -433,13 +433,13 @@ class BatchNormWatch:
         assert self._probe is not None
         updating = self._windows.updating()
         if updating != self._probe.layers:
-            # A layer that was frozen after `compile` trains on, and counts.
+            # A layer that was frozen after `compile` still trains, and so counts.
             self._probe = Probe(self.model, self._data, updating)
         if any(not own_call(bn.layer).takes_statistics for bn in updating):
-            # The clues say so.
-            self._reading = None
+            # The notes say so.
+            self._probe_result = None
             return
-        self._reading = self._probe.measure(self._examples.batch_size)
+        self._probe_result = self._probe.measure(self._batch_size.batch_size)
         self._is_fresh = True
 
     @property
@@ -466,38 +466,38 @@ class BatchNormWatch:
 
     @property
     def _step(self) -> int:
-        """The optimizer's step, or that of this training where there is none."""
+        """The optimizer's step, or the step of this training without an optimizer."""
         own = self._steps_done + (self._read_at or 0)
         return iterations(self.model) or own
 
     def make_report(
         self, are_weights_replaced: bool = False, ends_epoch: bool = False
     ) -> BatchNormReport:
-        """A report on the latest readings; losses are those of the last epoch's end."""
+        """Reports on the latest readings, with the losses of the last epoch's end."""
         assert self._windows is not None
         assert self.layers is not None
-        if self._clues is None:
-            # Not before all callbacks have said what they do.
-            self._clues = find_clues(
+        if self._notes is None:
+            # Not earlier: now all callbacks have said what they do.
+            self._notes = find_notes(
                 self.model,
                 self.layers,
                 total_steps=self.total_steps,
                 is_recalibrated=self._is_recalibrated,
                 calls=self.calls,
             )
-        losses = None if self._reading is None else self._reading.losses
+        losses = None if self._probe_result is None else self._probe_result.losses
         inferred: dict[BatchNormLayer, Statistics] = {}
         in_probe: dict[BatchNormLayer, Scatter | None] = {}
         effects: dict[BatchNormLayer, float | None] = {}
-        if self._reading is not None and self._is_fresh:
-            inferred, in_probe = self._reading.inferred, self._reading.scatter
-            effects = {bn: self._reading.design_effect(bn) for bn in in_probe}
+        if self._probe_result is not None and self._is_fresh:
+            inferred, in_probe = self._probe_result.inferred, self._probe_result.scatter
+            effects = {bn: self._probe_result.design_effect(bn) for bn in in_probe}
         self.evidence = [
             dataclasses.replace(
                 seen,
-                batch_size=self._examples.batch_size_of(bn),
-                last_batch_size=self._examples.last_batch_size,
-                # Who has put in both knows what belongs together.
+                batch_size=self._batch_size.batch_size_of(bn),
+                last_batch_size=self._batch_size.last_batch_size,
+                # Whoever has written statistics and weights knows that they match.
                 are_weights_replaced=are_weights_replaced and not is_written,
                 inferred=inferred.get(bn),
                 scatter=larger(seen.scatter, in_probe.get(bn)),
@@ -513,7 +513,7 @@ class BatchNormWatch:
             )
         ]
         report = BatchNormReport.of(
-            layer_reports(self.evidence), losses, clues=self._clues
+            layer_reports(self.evidence), losses, clues=self._notes
         )
         return self._find_episodes().add(report, self._step, self._epoch, ends_epoch)
 
@@ -521,11 +521,11 @@ class BatchNormWatch:
 def reading_interval(
     momenta: Sequence[float], total_steps: int | None, epoch_steps: int | None = None
 ) -> int:
-    """Training steps between two readings.
+    """Returns the number of training steps between two readings.
 
-    Half the memory `1/(1 − m)` of the average, so that it and the window are not the
-    same thing; not so often that reading costs; and often enough that a short `fit`
-    gives windows to compare.
+    It is half the memory `1/(1 − m)` of the average, so that a window is only a part of
+    what the average holds; but large enough that reading costs little, and small enough
+    that a short `fit` gives windows to compare.
 
     Args:
         momenta: Momentum of each layer.

@@ -93,7 +93,7 @@ def check_window(windows: Any, window: Any, index: int, batches: list[Any]) -> N
     means = np.array([batch.mean(0) for batch in batches])
     variances = np.array([batch.var(0) for batch in batches])
     old, new = (
-        windows._readings.averages(flat, index)[0] for flat in (window.old, window.new)
+        windows.readings.averages(flat, index)[0] for flat in (window.old, window.new)
     )
     got = windows._batch(window.old, window.new, window.steps, index)
     # Each update rounds an average that is the larger, the less of it is the window.

@@ -78,18 +78,18 @@ def reading_and_report(
     model = network(layers, channels)
     windows = Windows(model, find(model), 10)
     rng = np.random.default_rng(0)
-    shape = windows.read()[1].shape
+    shape = windows.readings()[1].shape
     moves = [rng.normal(size=shape) * 0.01 + 1 for _ in range(KEPT_WINDOWS)]
 
     def read() -> None:
-        windows.close(windows.read()[1], 10)
+        windows.close(windows.readings()[1], 10)
 
     def report() -> None:
         layer_reports(windows.evidence(1000, 0.2))
 
     time_of_reading = seconds(read, readings)
     for move in moves:
-        windows.close(windows.read()[1] + move, 10)
+        windows.close(windows.readings()[1] + move, 10)
     return time_of_reading, seconds(report, reports)
 
 

@@ -42,7 +42,7 @@ from bn_callbacks.statistics import affine, diagnosis, evidence, losses  # noqa:
 from bn_callbacks.statistics.evidence import Evidence, Measured, measure  # noqa: E402
 from bn_callbacks.statistics.moments import Statistics  # noqa: E402
 from bn_callbacks.statistics.moving_average import window_noise  # noqa: E402
-from bn_callbacks.watching import findings  # noqa: E402
+from bn_callbacks.watching import warning_filter  # noqa: E402
 
 
 class Seen(NamedTuple):
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 
     @property
     def losses(self) -> losses.Losses:
-        return self.watch._reading.losses
+        return self.watch._probe_result.losses
 
 
 @functools.cache
@@ -251,6 +251,14 @@ LIMITS = (
         (of_a_batch(np.max), SILENT),
         (of_a_batch(np.min), ("high_learning_rate", "one_session_a_batch")),
     ),
+    limit(
+        diagnosis,
+        "LARGE",
+        "lag beside a small gap",
+        largest(lambda seen, measured: measured.figures.lag),
+        SILENT,
+        ("ten_classes_near_chance",),
+    ),
     limit(diagnosis, "DESIGN_LIMIT", "design effect", design, SILENT + STALE, GROUPED),
     limit(
         diagnosis,
@@ -298,7 +306,7 @@ LIMITS = (
         (largest(corrected), ("memory_longer_than_progress",)),
     ),
     limit(
-        findings,
+        warning_filter,
         "CLEAR",
         "I/R at the end of a training",
         ratio("inference", "recalibrated"),

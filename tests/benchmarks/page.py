@@ -33,6 +33,7 @@ SECTIONS = {
     "overhead": "What the monitor costs",
     "probe": "What a probe costs",
     "recalibration": "What recalibration costs",
+    "first_call": "What its first call costs",
     "samples": "How large a sample has to be",
     "passes": "What a pass costs",
     "growth": "How both grow",

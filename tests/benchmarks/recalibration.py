@@ -59,6 +59,62 @@ class Counted(keras.utils.PyDataset):  # type: ignore[misc]
         return self.asked / len(self)
 
 
+class Clock:
+    """Times a `with` block: seconds, and seconds of all cores."""
+
+    def __enter__(self) -> "Clock":
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall = time.perf_counter() - self._start[0]
+        self.cpu = time.process_time() - self._start[1]
+
+
+class Inference:
+    """Calls a model in inference mode, as fast as it can be.
+
+    Args:
+        model: The model.
+        x: What to call it with.
+        batch_size: Examples in a batch.
+
+    Attributes:
+        first: The time of the first call: its trace and one batch.
+    """
+
+    def __init__(
+        self, model: keras.Model, x: NDArray[np.float32], batch_size: int
+    ) -> None:
+        # In parts made before, as recalibration also finds its batches in memory.
+        self._parts = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        self._call: Callable[..., Any] = tf.function(
+            lambda batch: model(batch, training=False),
+            autograph=False,
+            reduce_retracing=True,
+        )
+        with Clock() as self.first:
+            self._call.get_concrete_function(
+                tf.TensorSpec((None, *x.shape[1:]), tf.float32)
+            )
+            np.asarray(self._call(tf.constant(self._parts[0])))
+
+    def __call__(self) -> Clock:
+        """One pass over the data."""
+        with Clock() as clock:
+            for part in self._parts:
+                outputs = self._call(tf.constant(part))
+            np.asarray(outputs)
+        return clock
+
+
+def timed(model: keras.Model, data: Any) -> tuple[RecalibrationReport, Clock]:
+    """Recalibrates, and says how long it took."""
+    with Clock() as clock:
+        report = recalibrate(model, data, verbose=0)
+    return report, clock
+
+
 class Solved(NamedTuple):
     """A network recalibrated: a line of the first table."""
 
@@ -71,12 +127,11 @@ class Solved(NamedTuple):
     residual: float
     time: float
     cpu: float
-    first: float
 
 
 SOLVED_HEAD = (
     *("network", "BN layers", "images", "lag before", "reads", "passes", "residual"),
-    *("time", "CPU time", "first call"),
+    *("time", "CPU time"),
 )
 
 
@@ -92,7 +147,6 @@ def solved_cells(line: Solved) -> tuple[str, ...]:
         f"{line.residual:.1e}",
         f"{line.time:.1f}",
         f"{line.cpu:.1f}",
-        f"{line.first:.2f}",
     )
 
 
@@ -100,34 +154,10 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
     """Trains a network, recalibrates it several times, and compares with inference."""
     network = NETWORKS[name]
     model, x = trained(name, network, steps)
-    # In parts made before, as recalibration also finds its batches in memory.
-    parts = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
-    infer: Callable[..., Any] = tf.function(
-        lambda batch: model(batch, training=False),
-        autograph=False,
-        reduce_retracing=True,
-    )
-    spec = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
-    with Clock() as beginning:
-        infer.get_concrete_function(spec)
-        np.asarray(infer(tf.constant(parts[0])))
-
-    def inference() -> Clock:
-        with Clock() as clock:
-            for part in parts:
-                outputs = infer(tf.constant(part))
-            np.asarray(outputs)
-        return clock
-
+    inference = Inference(model, x, batch_size)
     data = Counted(x, batch_size)
-
-    def recalibration() -> tuple[RecalibrationReport, Clock]:
-        with Clock() as clock:
-            report = recalibrate(model, data, verbose=0)
-        return report, clock
-
     inference()
-    report, first = recalibration()
+    report, _ = timed(model, data)
     reads = data.reads
     pairs: list[tuple[Clock, Clock]] = []
     for _ in range(repeats):
@@ -135,9 +165,8 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
             break
         report.undo()
         own = inference()
-        report, again = recalibration()
+        report, again = timed(model, data)
         pairs.append((own, again))
-    base = float(np.median([own.wall for own, _ in pairs]))
     return Solved(
         name=name,
         layers=len(find(model)),
@@ -148,7 +177,6 @@ def solve(name: str, batch_size: int, repeats: int, steps: int | None) -> Solved
         residual=residual_of(report),
         time=float(np.median([again.wall / own.wall for own, again in pairs])),
         cpu=float(np.median([again.cpu / own.cpu for own, again in pairs])),
-        first=first.wall / (beginning.wall + reads * base),
     )
 
 
@@ -157,18 +185,6 @@ def residual_of(report: RecalibrationReport) -> float:
     if report.residual is None or not report.committed:
         return float("inf")
     return report.residual
-
-
-class Clock:
-    """Times a `with` block: seconds, and seconds of all cores."""
-
-    def __enter__(self) -> "Clock":
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall = time.perf_counter() - self._start[0]
-        self.cpu = time.process_time() - self._start[1]
 
 
 PAGE = """\
@@ -181,9 +197,7 @@ deviations, measured in inference mode; `inf` would mean that nothing was commit
 
 *Time* is that of a second recalibration, which traces nothing, in inference passes over
 the same batches: the median of up to {repeats}. *CPU time* is the same in time of all
-cores, which other work on the machine disturbs less. *First call* is the time of the
-first recalibration, its trace included, over the first call of an inference function
-(its trace and one batch) and as many inference passes as there were reads.
+cores, which other work on the machine disturbs less.
 
 {table}
 """

@@ -20,6 +20,7 @@ OPTIONS = {
     "overhead": ["--repeats", "2"],
     "probe": [],
     "recalibration": [],
+    "first_call": [],
     "samples": [],
     "passes": [],
     "growth": [],
@@ -33,6 +34,7 @@ QUICK = {
     "recalibration": [
         *("--models", "mlp6", "--repeats", "1", "--steps", "1"),
     ],
+    "first_call": ["--models", "mlp6", "--steps", "1"],
     "samples": ["--models", "EfficientNetV2B0", "--sizes", "300", "--steps", "1"],
     "passes": [
         *("--models", "mlp", "--peaks", "mlp", "--batches", "1"),

@@ -12,7 +12,7 @@ from page import HEAD, PATH, SECTIONS, replaced
 from bn_callbacks.layers import facts
 from bn_callbacks.measuring import probe
 from bn_callbacks.statistics import affine, diagnosis, evidence, losses
-from bn_callbacks.watching import findings
+from bn_callbacks.watching import warning_filter
 
 HERE = Path(__file__).parent
 
@@ -54,7 +54,7 @@ def test_limits_on_the_page_are_those_of_the_code_and_lie_between():
     page = PATH.read_text("utf-8")
     (section,) = re.findall(r"<!-- section limits -->(.*?)<!-- end -->", page, re.S)
     rows = re.findall(r"^\| `(\w+)`( ✗)? \| ([\d.e-]+) \|", section, re.MULTILINE)
-    modules = affine, diagnosis, evidence, facts, findings, losses, probe
+    modules = affine, diagnosis, evidence, facts, losses, probe, warning_filter
     assert len(rows) >= 16
     for name, mark, value in rows:
         (declared,) = (vars(m)[name] for m in modules if name in vars(m))

@@ -8,7 +8,17 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from kit import blobs, compiled, crossentropy, mlp, pictures, rng, table, teacher
+from kit import (
+    blobs,
+    compiled,
+    convnet,
+    crossentropy,
+    mlp,
+    pictures,
+    rng,
+    table,
+    teacher,
+)
 
 from bn_callbacks import DebiasBatchNorm, recalibrate
 from bn_callbacks.layers import assign, find, read
@@ -109,18 +119,10 @@ def trained_table(epochs: int = 6, **bn: Any) -> tuple[keras.Model, Any, Any]:
     return model, (x, y), table(512, seed=1)
 
 
-def convnet() -> keras.Model:
-    stack: list[Any] = [keras.Input((8, 8, 1))]
-    for width in (8, 12):
-        stack += [layers.Conv2D(width, 3), BN(momentum=0.9), layers.ReLU()]
-    stack += [layers.GlobalAveragePooling2D(), layers.Dense(3)]
-    return keras.Sequential(stack)
-
-
 def trained_pictures(epochs: int = 6) -> tuple[keras.Model, Any, Any]:
     """A classifier of pictures that has been trained well."""
     x, y = pictures(1920, noise=0.5)
-    model = compiled(convnet(), keras.optimizers.Adam(0.01), crossentropy())
+    model = compiled(convnet(momentum=0.9), keras.optimizers.Adam(0.01), crossentropy())
     model.fit(x, y, epochs=epochs, batch_size=24, verbose=0)
     return model, (x, y), pictures(480, noise=0.5, seed=1)
 
@@ -250,7 +252,7 @@ def raw_pictures_in_a_short_run() -> Given:
     x, y = pictures(1440, noise=0.5)
     raw = lambda v: (v * 40 + 2000).astype("float32")  # noqa: E731
     stack: list[Any] = [keras.Input((8, 8, 1)), BN(momentum=0.98)]
-    model = keras.Sequential([*stack, *convnet().layers])
+    model = keras.Sequential([*stack, *convnet(momentum=0.9).layers])
     compiled(model, keras.optimizers.Adam(0.01), crossentropy())
     model.fit(raw(x), y, batch_size=8, verbose=0)
     x_new, y_new = pictures(480, noise=0.5, seed=1)
@@ -270,7 +272,7 @@ def table_in_other_units() -> Given:
 def pictures_not_divided_by_255() -> Given:
     x, y = pictures(1920, noise=0.5)
     x = (x - x.min()) / (x.max() - x.min())
-    model = compiled(convnet(), keras.optimizers.Adam(0.01), crossentropy())
+    model = compiled(convnet(momentum=0.9), keras.optimizers.Adam(0.01), crossentropy())
     model.fit(x[:1600], y[:1600], epochs=6, batch_size=24, verbose=0)
     data = 255 * x[:1600], y[:1600]
     return Given(model, data, (x[1600:], y[1600:]), 24, cure=lambda: None)
@@ -435,7 +437,9 @@ def recalibrated_without_targets() -> Given:
 @audits(held_back=True)
 def debiased_pictures() -> Given:
     x, y = pictures(960, noise=0.5)
-    model = compiled(convnet(), keras.optimizers.Adam(0.001), crossentropy())
+    model = compiled(
+        convnet(momentum=0.9), keras.optimizers.Adam(0.001), crossentropy()
+    )
     for bn in find(model):
         bn.layer.momentum = 0.99
     model.fit(x, y, batch_size=24, verbose=0, callbacks=[DebiasBatchNorm()])

@@ -5,7 +5,19 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from kit import Cases, Run, blobs, compiled, crossentropy, fitter, mlp, pictures, table
+from kit import (
+    Cases,
+    Run,
+    blobs,
+    compiled,
+    convnet,
+    crossentropy,
+    fitter,
+    mlp,
+    normed,
+    pictures,
+    table,
+)
 
 layers = keras.layers
 BN = layers.BatchNormalization
@@ -25,12 +37,11 @@ def momentum_too_long_for_conv() -> Run:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            layers.Conv2D(6, 3, padding="same", use_bias=False),
-            BN(momentum=0.999),
-            layers.ReLU(),
-            layers.Conv2D(8, 3, strides=2),
-            BN(momentum=0.999),
-            layers.ReLU(),
+            *normed(
+                layers.Conv2D(6, 3, padding="same", use_bias=False),
+                layers.Conv2D(8, 3, strides=2),
+                momentum=0.999,
+            ),
             layers.Flatten(),
             layers.Dense(3),
         ]
@@ -52,6 +63,16 @@ def residual_classifier() -> Run:
     compiled(model, keras.optimizers.RMSprop(0.003), crossentropy())
     fit = fitter(model, x, y, epochs=3, batch_size=16)
     return Run(model, fit, (x[:256], y[:256]), 16)
+
+
+@cases.problem("warming_up", gap=(1.03, 1.4))
+def ten_classes_near_chance() -> Run:
+    # Both losses are near log(10), so that no ratio of them is large; of what the
+    # network has learned, which is little yet, inference has lost most.
+    x, y = blobs(1280, classes=10, features=20, spread=3.0, mean=2.0)
+    model = mlp(20, outputs=10, width=24, depth=3)
+    compiled(model, keras.optimizers.SGD(0.05), crossentropy())
+    return Run(model, fitter(model, x, y), (x[:512], y[:512]))
 
 
 class Regressor(keras.Model):
@@ -89,22 +110,7 @@ def high_learning_rate() -> Run:
 def pictures_that_nobody_centred() -> Run:
     x, y = pictures(2400, classes=3, noise=1.0)
     x += 10
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(12, 3),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(12, 3),
-            BN(),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(3),
-        ]
-    )
+    model = convnet(widths=(8, 12, 12))
     compiled(model, keras.optimizers.Adam(0.03), crossentropy())
     fit = fitter(model, x, y, epochs=4, batch_size=24)
     return Run(model, fit, (x[:240], y[:240]), 24)
@@ -189,19 +195,7 @@ def optimizer_ema() -> Run:
 @cases.problem("weights_replaced")
 def optimizer_ema_of_a_conv_net() -> Run:
     x, y = pictures(2400, noise=1.0)
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(momentum=0.95),
-            layers.ReLU(),
-            layers.Conv2D(12, 3),
-            BN(momentum=0.95),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(3),
-        ]
-    )
+    model = convnet(momentum=0.95)
     optimizer = keras.optimizers.SGD(
         0.3, momentum=0.9, use_ema=True, ema_momentum=0.995
     )
@@ -333,12 +327,8 @@ def half_precision_conv() -> Run:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            layers.Conv2D(6, 3),
-            BN(momentum=0.999, **half),
-            layers.ReLU(),
-            layers.Conv2D(8, 3),
-            BN(momentum=0.99, **half),
-            layers.ReLU(),
+            *normed(layers.Conv2D(6, 3), momentum=0.999, **half),
+            *normed(layers.Conv2D(8, 3), momentum=0.99, **half),
             layers.GlobalAveragePooling2D(),
             layers.Dense(3),
         ]
@@ -358,9 +348,7 @@ def a_few_wild_rows() -> Run:
         [
             keras.Input((8,)),
             BN(),
-            layers.Dense(24),
-            BN(),
-            layers.ReLU(),
+            *normed(layers.Dense(24)),
             layers.Dense(1),
         ]
     )

@@ -12,6 +12,7 @@ from kit import (
     crossentropy,
     fitter,
     mlp,
+    normed,
     pictures,
     rng,
     table,
@@ -166,15 +167,9 @@ def batch_of_one_picture() -> Run:
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            layers.Conv2D(6, 3),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(8, 3, strides=2),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(8, 2),
-            BN(),
-            layers.ReLU(),
+            *normed(
+                layers.Conv2D(6, 3), layers.Conv2D(8, 3, strides=2), layers.Conv2D(8, 2)
+            ),
             layers.GlobalAveragePooling2D(),
             layers.Dense(3),
         ]

@@ -9,6 +9,10 @@ import fresh_modes
 import modes
 import replays
 import replicas
+import second_averages
+import second_batches
+import second_healthy
+import second_modes
 import silent
 from kit import Case
 
@@ -23,4 +27,8 @@ CASES: list[Case] = [
     *fresh_batches.cases,
     *fresh_modes.cases,
     *fresh_healthy.cases,
+    *second_averages.cases,
+    *second_batches.cases,
+    *second_modes.cases,
+    *second_healthy.cases,
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 from fresh_kit import Fresh, Trial
-from kit import compiled, crossentropy, fitter, rng
+from kit import compiled, crossentropy, fitter, normed, rng
 
 layers = keras.layers
 BN = layers.BatchNormalization
@@ -221,16 +221,13 @@ def momentum_as_pytorch_counts_it(momentum: float = 0.1) -> Trial:
     model = keras.Sequential(
         [
             keras.Input((40, 1)),
-            layers.Conv1D(8, 7, strides=2),
-            BN(momentum=momentum),
-            layers.ReLU(),
-            layers.Conv1D(12, 5, strides=2),
-            BN(momentum=momentum),
-            layers.ReLU(),
+            *normed(
+                layers.Conv1D(8, 7, strides=2),
+                layers.Conv1D(12, 5, strides=2),
+                momentum=momentum,
+            ),
             layers.Flatten(),
-            layers.Dense(16),
-            BN(momentum=momentum),
-            layers.ReLU(),
+            *normed(layers.Dense(16), momentum=momentum),
             layers.Dense(3),
         ]
     )

@@ -8,7 +8,7 @@ import tensorflow as tf
 from cluster import mirrored
 from fresh_averages import beats, patches, sentences
 from fresh_kit import Fresh, Trial
-from kit import compiled, crossentropy, fitter, rng
+from kit import compiled, crossentropy, fitter, normed, rng
 
 layers = keras.layers
 BN = layers.BatchNormalization
@@ -373,12 +373,12 @@ def hard_examples_on_one_replica(
         model = keras.Sequential(
             [
                 keras.Input((40, 1)),
-                layers.Conv1D(12, 5, strides=2),
-                BN(momentum=0.9, synchronized=synchronized),
-                layers.ReLU(),
-                layers.Conv1D(12, 5, strides=2),
-                BN(momentum=0.9, synchronized=synchronized),
-                layers.ReLU(),
+                *normed(
+                    layers.Conv1D(12, 5, strides=2),
+                    layers.Conv1D(12, 5, strides=2),
+                    momentum=0.9,
+                    synchronized=synchronized,
+                ),
                 layers.Flatten(),
                 layers.Dense(3),
             ]

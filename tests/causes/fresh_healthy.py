@@ -8,7 +8,7 @@ import tensorflow as tf
 from fresh_averages import beats, clouds, demand, patches, ratings, sentences, spectra
 from fresh_kit import Fresh, Trial
 from fresh_modes import densenet
-from kit import compiled, crossentropy, fitter, rng
+from kit import compiled, crossentropy, fitter, normed, rng
 
 from bn_callbacks import recalibrate
 
@@ -191,13 +191,9 @@ def best_epoch_restored_by_early_stopping() -> Trial:
         [
             keras.Input((20,), dtype="int32"),
             layers.Embedding(100, 12),
-            layers.Conv1D(16, 3),
-            BN(momentum=0.9),
-            layers.ReLU(),
+            *normed(layers.Conv1D(16, 3), momentum=0.9),
             layers.Flatten(),
-            layers.Dense(24),
-            BN(momentum=0.9),
-            layers.ReLU(),
+            *normed(layers.Dense(24), momentum=0.9),
             layers.Dense(2),
         ]
     )

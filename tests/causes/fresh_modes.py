@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from fresh_averages import clouds, patches, sentences, spectra
 from fresh_kit import Fresh, Trial
-from kit import compiled, crossentropy, fitter, rng
+from kit import compiled, crossentropy, fitter, normed, rng
 
 layers = keras.layers
 BN = layers.BatchNormalization
@@ -235,13 +235,9 @@ def text_encoder_pinned_by_its_call(frozen: bool = False) -> Trial:
         [
             keras.Input((20,), dtype="int32"),
             layers.Embedding(100, 12),
-            layers.Conv1D(24, 3),
-            BN(momentum=0.95),
-            layers.ReLU(),
+            *normed(layers.Conv1D(24, 3), momentum=0.95),
             layers.GlobalAveragePooling1D(),
-            layers.Dense(16),
-            BN(momentum=0.95),
-            layers.ReLU(),
+            *normed(layers.Dense(16), momentum=0.95),
         ]
     )
     head = layers.Dense(2)

@@ -1,4 +1,4 @@
-"""Prints for each fresh case whether it is what it says, by training it otherwise.
+"""Prints for each unseen case whether it is what it says, by training it otherwise.
 
 python tests/causes/fresh_proof.py [a part of a name or a cause]
 """
@@ -11,7 +11,11 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-MODULES = ("averages", "batches", "modes", "healthy")
+MODULES = [
+    f"{part}_{kind}"
+    for part in ("fresh", "second")
+    for kind in ("averages", "batches", "modes", "healthy")
+]
 
 
 def main() -> None:
@@ -23,7 +27,7 @@ def main() -> None:
     from fresh_kit import PROOFS, prove
 
     for name in MODULES:
-        __import__(f"fresh_{name}")
+        __import__(name)
     wanted = sys.argv[1:] or [""]
     for proof in PROOFS:
         label = f"{proof.case.name} {proof.case.expected or 'silent'}"

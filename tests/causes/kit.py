@@ -145,12 +145,34 @@ def mlp(
     features: int, outputs: int = 1, width: int = 16, depth: int = 2, **bn: Any
 ) -> keras.Model:
     """Dense, BN, ReLU, as often as asked."""
-    stack: list[Any] = [keras.Input((features,))]
-    for _ in range(depth):
-        dense = keras.layers.Dense(width)
-        norm = keras.layers.BatchNormalization(**bn)
-        stack += [dense, norm, keras.layers.ReLU()]
-    return keras.Sequential([*stack, keras.layers.Dense(outputs)])
+    hidden = normed(*(keras.layers.Dense(width) for _ in range(depth)), **bn)
+    return keras.Sequential(
+        [keras.Input((features,)), *hidden, keras.layers.Dense(outputs)]
+    )
+
+
+def normed(*stack: Any, **bn: Any) -> list[Any]:
+    """Each of the layers, with BN and ReLU behind it."""
+    return [
+        each
+        for layer in stack
+        for each in (
+            layer,
+            keras.layers.BatchNormalization(**bn),
+            keras.layers.ReLU(),
+        )
+    ]
+
+
+def convnet(
+    outputs: int | None = 3, widths: tuple[int, ...] = (8, 12), **bn: Any
+) -> keras.Model:
+    """Convolutions of 8 by 8 pictures, with BN and ReLU; their mean; the outputs."""
+    convolutions = [keras.layers.Conv2D(width, 3) for width in widths]
+    mean = keras.layers.GlobalAveragePooling2D()
+    head = [keras.layers.Dense(outputs)] if outputs else []
+    stack = [keras.Input((8, 8, 1)), *normed(*convolutions, **bn), mean, *head]
+    return keras.Sequential(stack)
 
 
 def rng(seed: int) -> np.random.Generator:

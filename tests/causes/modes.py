@@ -10,6 +10,7 @@ from kit import (
     Run,
     blobs,
     compiled,
+    convnet,
     crossentropy,
     fitter,
     mlp,
@@ -231,18 +232,7 @@ def frozen_without_compile() -> Run:
 @cases.problem("unexpected_update", gap=(1.3, np.inf))
 def backbone_frozen_without_compile() -> Run:
     x, y = pictures(1600, noise=0.5)
-    backbone = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(8, 3),
-            BN(),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-        ]
-    )
+    backbone = convnet(None, (8, 8))
     model = keras.Sequential([backbone, layers.Dense(3)])
     compiled(model, keras.optimizers.Adam(0.005), crossentropy())
     model.fit(x, y, epochs=8, verbose=0)
@@ -273,18 +263,7 @@ def pinned_from_the_first() -> Run:
 @cases.problem("unexpected_update", gap=(1.3, np.inf), held_back=True)
 def unfrozen_for_fine_tuning() -> Run:
     x, y = pictures(1600, noise=0.5)
-    backbone = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(),
-            layers.ReLU(),
-            layers.Conv2D(8, 3),
-            BN(),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-        ]
-    )
+    backbone = convnet(None, (8, 8))
     source = keras.Sequential([backbone, layers.Dense(3)])
     compiled(source, keras.optimizers.Adam(0.005), crossentropy())
     source.fit(x, y, epochs=6, verbose=0)

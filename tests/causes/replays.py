@@ -11,6 +11,7 @@ from kit import (
     Run,
     blobs,
     compiled,
+    convnet,
     crossentropy,
     fitter,
     mlp,
@@ -91,15 +92,7 @@ def frames_in_a_short_run() -> Run:
     x, y = pictures(4 * 400, noise=0.4)
     x, y = x.reshape(400, 4, 8, 8, 1), y.reshape(400, 4)[:, 0]
     x[:, 1:] = x[:, :1] + 0.3 * rng(22).normal(size=(400, 3, 8, 8, 1))
-    frame = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(momentum=0.997),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-        ]
-    )
+    frame = convnet(None, (8,), momentum=0.997)
     x += 6
     inputs = keras.Input((4, 8, 8, 1))
     z = layers.GlobalAveragePooling1D()(layers.TimeDistributed(frame)(inputs))
@@ -162,19 +155,7 @@ def day_and_night_in_turn() -> Run:
     x = np.stack([v.reshape(-1, 24, 8, 8, 1) for v in (day, night)], axis=1)
     y = np.stack([v.reshape(-1, 24) for v in (label, of)], axis=1).reshape(-1)
     x = x.reshape(-1, 8, 8, 1).astype("float32")
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(momentum=0.97),
-            layers.ReLU(),
-            layers.Conv2D(12, 3),
-            BN(momentum=0.97),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(3),
-        ]
-    )
+    model = convnet(momentum=0.97)
     compiled(model, keras.optimizers.Adam(0.005), crossentropy())
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(24)
     return Run(model, fitter(model, data, epochs=4), (x[:480], y[:480]), 24)

@@ -10,9 +10,11 @@ from kit import (
     Run,
     blobs,
     compiled,
+    convnet,
     crossentropy,
     fitter,
     mlp,
+    normed,
     pictures,
     rng,
     table,
@@ -30,23 +32,6 @@ def long_healthy_regression() -> Run:
     model = compiled(mlp(8, width=24), keras.optimizers.Adam(0.003))
     fit = fitter(model, x, y, epochs=8, batch_size=64)
     return Run(model, fit, (x[:256], y[:256]), 64)
-
-
-def convnet(classes: int, **bn: Any) -> keras.Model:
-    """Two convolutions with BN, mean over the picture, classes."""
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(8, 3),
-            BN(**bn),
-            layers.ReLU(),
-            layers.Conv2D(12, 3),
-            BN(**bn),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(),
-            layers.Dense(classes),
-        ]
-    )
 
 
 @cases.silent(held_back=True)
@@ -174,9 +159,7 @@ def dead_channels_in_a_conv_net() -> Run:
         [
             keras.Input((8, 8, 2)),
             BN(momentum=0.98),
-            layers.Conv2D(8, 3),
-            BN(momentum=0.98),
-            layers.ReLU(),
+            *normed(layers.Conv2D(8, 3), momentum=0.98),
             layers.GlobalAveragePooling2D(),
             layers.Dense(3),
         ]

@@ -2,6 +2,7 @@
 
 import fresh_audits  # noqa: F401
 import pytest
+import second_audits  # noqa: F401
 from audits import Audit, audits, is_better
 
 from bn_callbacks import audit

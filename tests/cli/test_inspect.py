@@ -11,7 +11,7 @@ from cli_kit import make_model
 
 from bn_callbacks.cli.inspect import StoredLayer, find_faults
 from bn_callbacks.report import BatchNormReport, LayerReport
-from bn_callbacks.statistics.suspicion import Suspicion
+from bn_callbacks.statistics.anomalies import Anomaly
 
 
 def save(mean=0.5, variance=2.0, **bn):
@@ -126,7 +126,7 @@ def layer(*suspicions, channels=4):
         True,
         (0.0, 1.0),
         (0.0, 1.0),
-        tuple(Suspicion(name, "") for name in suspicions),
+        tuple(Anomaly(name, "") for name in suspicions),
     )
 
 

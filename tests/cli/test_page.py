@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from cli_kit import make_model
 
+from bn_callbacks.cli import options as cli_options
 from bn_callbacks.cli.errors import OPTIONS, with_options
 from bn_callbacks.cli.options import parse
 
@@ -71,6 +72,16 @@ def test_every_command_of_the_page_works(run, here, tmp_path_factory, monkeypatc
     assert {parse(shlex.split(line)[1:]).command for line in COMMANDS} == {
         *("inspect", "recalibrate", "measure", "merge", "apply", "export")
     }
+
+
+@pytest.mark.parametrize("command", cli_options.COMMANDS)
+def test_help_and_page_say_the_same_of_the_exit_status(command, capsys):
+    row, *_ = re.findall(rf"^\| `{command}` \|.*\|$", PAGE, re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")[3:-1]]
+    meanings = "; ".join(f"{n} {what}" for n, what in enumerate(cells) if what)
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    assert f"\nexit status: {meanings}\n" in capsys.readouterr().out
 
 
 def test_more_steps_than_the_data_have_are_told_as_they_were_typed(fails, untouched):

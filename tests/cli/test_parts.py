@@ -49,6 +49,15 @@ def test_json_and_in_place(parts, run):
     told = json.loads(ran.out)
     assert told["samples"] == 96
     assert told["layers"] == ["bn"]
+    run(*MEASURE, "two.npy", "--output", "two.npz")
+    ran = run("merge", "one.npz", "two.npz", "--json", "--output", "all.npz")
+    assert json.loads(ran.out) == {
+        "parts": ["one.npz", "two.npz"],
+        "layers": ["bn"],
+        "samples": 192,
+        "batches": 6,
+        "output": "all.npz",
+    }
     before = statistics("model.keras")
     ran = run("apply", "model.keras", "--moments", "one.npz", "--json", "--in-place")
     assert json.loads(ran.out)["output"] == "model.keras"

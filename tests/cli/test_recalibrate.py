@@ -420,7 +420,12 @@ def test_prior_is_for_a_handful_of_examples(here, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prior", "stored", "--refine", "1"], "Leave both out."),
+        (
+            ["--prior", "stored", "--refine", "1"],
+            "--prior cannot be combined with --refine or --tolerance: the examples "
+            "decide how far to correct the statistics. Received: --prior stored with "
+            "--refine 1. Leave out --prior, or all others.",
+        ),
         (["--prior", "stored", "--steps", "1", "--batch-size", "2"], "at least 3"),
     ],
 )

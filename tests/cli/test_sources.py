@@ -199,7 +199,7 @@ def test_pickles_are_never_loaded(tmp_path, model):
     [
         (np.ones((8, 5), "float32"), "does not fit the model"),
         (np.ones((8, 4, 2), "float32"), "does not fit the model"),
-        (np.full((8, 4), "text"), "does not fit the model"),
+        (np.full((8, 4), "text"), "The model fails on batch 0 of the data."),
         (np.ones((0, 4), "float32"), "--data is empty"),
         (np.float32(3), "x.npy: One number is no data."),
         (np.full((8, 4), np.nan, "float32"), "is not finite"),

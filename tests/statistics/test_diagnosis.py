@@ -15,6 +15,7 @@ from bn_callbacks.statistics.diagnosis import (
     DESIGN_LIMIT,
     DOMINANCE_LIMIT,
     FEW,
+    LARGE,
     RULES,
     VARIATION_LIMIT,
     diagnose,
@@ -390,11 +391,21 @@ def test_a_layer_that_does_something_of_its_own_is_not_known_to_be_off():
 
 def test_no_cause_is_named_outside_the_family_that_the_losses_prove():
     for family, allowed in CAUSES_OF.items():
-        if family in (Family.LIKELY, Family.UNCLEAR):
+        if family in (Family.LIKELY, Family.UNCLEAR, Family.SLIGHT):
             continue  # A far lag speaks for itself there.
         for seen in PROBLEMS.values():
             cause = diagnose(replace(seen, family=family)).cause
             assert cause == causes.HEALTHY or cause in allowed, (family, cause)
+
+
+def test_beside_a_small_sure_gap_a_large_lag_is_a_witness():
+    for weight, cause in ((0.3, causes.HEALTHY), (0.7, causes.WARMING_UP)):
+        seen = replace(young(weight), family=Family.SLIGHT)
+        lag = diagnose(seen).figures.lag
+        assert seen.threshold < lag
+        assert (lag > LARGE) == (cause == causes.WARMING_UP)
+        assert diagnose(seen).cause == cause
+        assert diagnose(replace(seen, family=Family.INNOCENT)).cause == causes.HEALTHY
 
 
 def test_averages_that_follow_calls_which_inference_does_not_make_are_mixed():

@@ -33,9 +33,9 @@ def losses(batch, inference, recalibrated=None, spread=SPREAD):
     ("b", "i", "r", "family"),
     [
         (1.0, 1.0, 1.0, Family.INNOCENT),
-        (1.0, 1.24, 1.0, Family.INNOCENT),
+        (1.0, 1.24, 1.0, Family.SLIGHT),
         (1.0, 0.33, 0.33, Family.INNOCENT),  # overfitting
-        (1.0, 1.29, 1.0, Family.INNOCENT),  # the largest gap of a healthy model
+        (1.0, 1.29, 1.0, Family.SLIGHT),  # the largest gap of a healthy model
         (1.0, 1.0, 1.2, Family.INNOCENT),  # a little harm is chance
         (1.0, 1.0, 1.3, Family.ADAPTED),
         (1.0, 1.5, 1.0, Family.STALE),
@@ -54,6 +54,8 @@ def losses(batch, inference, recalibrated=None, spread=SPREAD):
         (-1.0, 1.0, -1.0, Family.UNKNOWN),
         (1.0, 2.0, None, Family.STALE),
         (1.0, 1.1, None, Family.INNOCENT),
+        (1.0, 1.04, 1.0, Family.INNOCENT),
+        (1.0, 1.2, 1.19, Family.INNOCENT),
     ],
 )
 def test_each_row_of_the_table(b, i, r, family):

@@ -1,6 +1,7 @@
 """Moments of layers: merged exactly, saved and loaded."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bn_callbacks.statistics.moments import Moments, Statistics
-from bn_callbacks.statistics.population import PopulationMoments
+from bn_callbacks.statistics.population import MAX_ROWS, PopulationMoments
 
 SIZES = {"a": 3, "b/c": 1, "ü": 2}
 
@@ -78,6 +79,45 @@ def test_moments_of_nothing_are_saved_too(tmp_path):
     empty.save(tmp_path / "empty.npz")
     loaded = PopulationMoments.load(tmp_path / "empty.npz")
     assert loaded.moments["a"].is_empty
+
+
+def test_the_text_has_a_headline_and_a_row_for_each_layer():
+    values = np.array([[1.0, 10.0, 5.0], [3.0, 10.0, 5.0]])
+    headline, *rows = str(part(values, fixed())).splitlines()
+    assert headline == (
+        "Moments of 3 BatchNormalization layers: 2 samples, 1 batches, normalised with "
+        "given statistics"
+    )
+    cells = [re.split("  +", row) for row in rows]
+    assert cells == [
+        ["layer", "channels", "values per channel", "mean", "variance"],
+        ["a", "3", "2", "2 .. 10", "0 .. 1"],
+        ["b/c", "1", "2", "2", "1"],
+        ["ü", "2", "2", "2 .. 10", "0 .. 1"],
+    ]
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_a_text_of_many_layers_shows_the_first():
+    some = {f"bn_{i}": Moments.empty(2) for i in range(MAX_ROWS + 2)}
+    lines = str(PopulationMoments(some, None, 0, 0)).splitlines()
+    assert len(lines) == 1 + 1 + MAX_ROWS + 1
+    assert lines[2].split() == ["bn_0", "2", "0", "-", "-"]
+    assert lines[-1] == "… and 2 more layers"
+
+
+def test_the_text_of_no_layers_is_its_headline():
+    assert str(PopulationMoments({}, None, 0, 0)) == (
+        "Moments of 0 BatchNormalization layers: 0 samples, 0 batches, normalised by "
+        "batch"
+    )
+
+
+def test_the_text_of_a_strangers_file_does_not_act_on_the_terminal():
+    moments = {"bn\n\x1b[2K": Moments.empty(1)}
+    text = str(PopulationMoments(moments, None, 0, 0))
+    assert len(text.splitlines()) == 3
+    assert "\x1b" not in text
 
 
 def test_another_name_is_refused(tmp_path):

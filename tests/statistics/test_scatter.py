@@ -10,9 +10,9 @@ from bn_callbacks.statistics.scatter import (
     MIN_BATCHES,
     Scatter,
     larger,
-    neighbours,
     rounding_of,
     scatter,
+    scatter_of_runs,
 )
 
 RNG = np.random.default_rng(0)
@@ -43,26 +43,26 @@ def test_random_batches_scatter_by_one_over_their_size():
     expected = 1 / 15  # The biased variance within is smaller by 15/16.
     assert scatter(each, 0.0).mean == pytest.approx(expected, rel=0.1)
     run = [batches(*(part[i : i + 9] for part in each)) for i in range(0, 1800, 9)]
-    assert neighbours(run, 0.0).mean == pytest.approx(expected, rel=0.35)
+    assert scatter_of_runs(run, 0.0).mean == pytest.approx(expected, rel=0.35)
 
 
-def test_drift_is_no_difference_between_neighbours():
+def test_drift_is_no_difference_between_scatter_of_runs():
     steady = np.arange(9.0)[:, None]
-    assert neighbours([batches(steady)], 0.0).mean == 0
+    assert scatter_of_runs([batches(steady)], 0.0).mean == 0
     walk = np.cumsum(RNG.normal(size=(9, 2000)), axis=0)
-    assert neighbours([batches(walk)], 0.0).mean < 0.5
+    assert scatter_of_runs([batches(walk)], 0.0).mean < 0.5
 
 
 def test_batches_that_alternate_differ_in_full():
     means = np.array([0.0, 2.0] * 4)[:, None]
-    assert neighbours([batches(means)], 0.0).mean == 4.0
+    assert scatter_of_runs([batches(means)], 0.0).mean == 4.0
 
 
 def test_a_window_that_no_run_explains_is_dominated_by_a_few():
     run = batches(np.zeros((8, 2)))
-    assert neighbours([run], 0.0).dominance == 1
+    assert scatter_of_runs([run], 0.0).dominance == 1
     window = Statistics(np.zeros(2), np.array([1.0, 90.0]))
-    assert neighbours([run], 0.0, window=window).dominance == 90
+    assert scatter_of_runs([run], 0.0, windows=window).dominance == 90
 
 
 def test_too_few_batches_and_wild_ones_say_nothing():
@@ -70,14 +70,15 @@ def test_too_few_batches_and_wild_ones_say_nothing():
     wild = batches(np.full((8, 2), np.nan))
     for each in (few, wild):
         assert scatter(each, 0.0) is None
-        assert neighbours([each], 0.0) is None
+        assert scatter_of_runs([each], 0.0) is None
 
 
 def test_rounding_is_taken_off():
     means = np.array([0.0, 2.0, 0.0, 2.0])[:, None]
-    plain = scatter(batches(means), 0.0).mean
-    assert scatter(batches(means), 0.0, rounding=1.0).mean == pytest.approx(plain - 1)
-    assert scatter(batches(means), 0.0, rounding=9.0).mean == 0
+    plain = scatter_of_runs([batches(means)], 0.0).mean
+    less = scatter_of_runs([batches(means)], 0.0, rounding=1.0).mean
+    assert less == pytest.approx(plain - 1)
+    assert scatter_of_runs([batches(means)], 0.0, rounding=9.0).mean == 0
     far = Statistics(np.full(3, 1e4), np.ones(3))
     error = 2.0**-24 * 1e4 / 0.01
     assert rounding_of(far, 0.0, 0.99) == pytest.approx(4 * error**2)

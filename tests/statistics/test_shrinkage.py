@@ -168,7 +168,7 @@ def test_directions_are_counted_not_channels():
 def test_too_few_examples_are_an_error(count):
     rng = np.random.default_rng(0)
     each = [*examples(rng, START, count), Moments.empty(CHANNELS)]
-    with pytest.raises(ValueError, match=f"Received: {count} that count"):
+    with pytest.raises(ValueError, match=f"Received: {count} that are not empty"):
         shrunk(each, START, START, 1e-3)
 
 

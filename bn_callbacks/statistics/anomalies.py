@@ -1,9 +1,8 @@
-"""What stored statistics give away on their own, before any data is seen."""
+"""Looks for what is unusual in stored statistics, without any data."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bn_callbacks.statistics.causes import LOW_PRECISION, NON_FINITE
 from bn_callbacks.statistics.moments import Statistics
@@ -15,52 +14,52 @@ HUGE_VARIANCE = "huge_variance"
 FROZEN = "frozen"
 
 ZERO = 1e-3
-"""Share of epsilon up to which a variance is none: the output is constant."""
+"""Share of epsilon up to which a variance counts as none: the output is constant."""
 
 HUGE = 1e6
-"""Variance that inputs and activations of a usual scale do not have: σ = 1,000."""
+"""A variance beyond inputs and activations of a usual scale: σ = 1,000."""
 
 
 @dataclass(frozen=True)
-class Suspicion:
-    """Something about a layer that needs a second look.
+class Anomaly:
+    """Something unusual about a layer.
 
     Args:
-        name: One word for it, the same in every report.
-        text: What was seen, and what to do about it.
+        name: A word for it, the same in every report.
+        text: What was found, and what to do about it.
     """
 
     name: str
     text: str
 
 
-def suspect(
+def find_anomalies(
     stored: Statistics,
     *,
     start: Statistics,
     epsilon: float,
     dtype: str = "float32",
     trainable: bool = True,
-) -> tuple[Suspicion, ...]:
-    """Looks for what is suspicious in the statistics that a layer stores.
+) -> tuple[Anomaly, ...]:
+    """Looks for what is unusual in the statistics that a layer stores.
 
-    None of it proves a fault, except what is not finite or negative: dead channels
-    have no variance, and raw inputs may have a huge one. Data decide.
+    Only values that are not finite and negative variances prove a fault. Dead channels
+    rightly have no variance, and raw inputs a huge one; data decide.
 
     Args:
         stored: What the layer stores.
         start: What a new layer stores.
-        epsilon: What the layer adds to a variance.
-        dtype: The dtype that stores them.
+        epsilon: The number that the layer adds to a variance.
+        dtype: The dtype of the statistics.
         trainable: Whether the layer is not frozen.
 
     Returns:
-        What was found, the worst first.
+        The anomalies, the worst first.
 
     Example:
     >>> import numpy as np
     >>> new = Statistics(np.zeros(2), np.ones(2))
-    >>> [found.name for found in suspect(new, start=new, epsilon=1e-3)]
+    >>> [found.name for found in find_anomalies(new, start=new, epsilon=1e-3)]
     ['never_updated']
     """
     mean, variance = stored
@@ -69,14 +68,14 @@ def suspect(
         (
             NON_FINITE,
             ~is_finite,
-            "NaN or infinity in {count}. Find the batch that did it; recalibrating "
-            "heals the layer.",
+            "NaN or infinity in {count}. Find the batch that caused it; recalibrating "
+            "repairs the layer.",
         ),
         (
             NEGATIVE_VARIANCE,
             is_finite & (variance < 0),
-            "a negative variance in {count}, down to {low:.3g}. The file was written "
-            "by something else than training; recalibrate.",
+            "a negative variance in {count}, down to {low:.3g}. Training never writes "
+            "one, so something else has written the file; recalibrate.",
         ),
         (
             ZERO_VARIANCE,
@@ -92,13 +91,20 @@ def suspect(
         ),
     )
     found = [
-        Suspicion(name, text.format(count=_count(where), **_ends(variance[where])))
+        Anomaly(
+            name,
+            text.format(
+                count=f"{where.sum()} of {where.size} channels",
+                low=variance[where].min(),
+                high=variance[where].max(),
+            ),
+        )
         for name, where, text in checks
         if where.any()
     ]
     if all(map(np.array_equal, stored, start)):
         found.append(
-            Suspicion(
+            Anomaly(
                 NEVER_UPDATED,
                 "the values that a new layer starts with. It was never trained, or "
                 "never in training mode.",
@@ -106,7 +112,7 @@ def suspect(
         )
     if dtype in ("float16", "bfloat16"):
         found.append(
-            Suspicion(
+            Anomaly(
                 LOW_PRECISION,
                 f"stored in {dtype}, which rounds small updates away. Use float32 "
                 f"variables (a policy such as 'mixed_{dtype}') and recalibrate.",
@@ -114,14 +120,6 @@ def suspect(
         )
     if not trainable:
         found.append(
-            Suspicion(FROZEN, "`trainable=False`: training leaves them as they are.")
+            Anomaly(FROZEN, "`trainable=False`: training leaves them as they are.")
         )
     return tuple(found)
-
-
-def _count(where: NDArray[np.bool_]) -> str:
-    return f"{where.sum()} of {where.size} channels"
-
-
-def _ends(values: NDArray[np.float64]) -> dict[str, float]:
-    return {"low": float(values.min()), "high": float(values.max())}

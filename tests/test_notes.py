@@ -6,18 +6,18 @@ import pytest
 
 from bn_callbacks import BatchNormMonitor, RecalibrateBatchNorm
 from bn_callbacks.layers import calls_of, find
-from bn_callbacks.watching.clues import find_clues
+from bn_callbacks.watching.notes import find_notes
 
 L = keras.layers
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X[:, :1]
 
 
-def clues(model, total_steps=10_000, is_recalibrated=False, **compiled):
+def notes(model, total_steps=10_000, is_recalibrated=False, **compiled):
     model.compile(**{"optimizer": "sgd", "loss": "mse", **compiled})
     found = find(model)
     return " ".join(
-        find_clues(
+        find_notes(
             model,
             found,
             total_steps=total_steps,
@@ -34,36 +34,36 @@ def dense(**arguments):
 
 
 def test_a_plain_model_in_a_long_fit_gives_nothing_away():
-    assert clues(dense()) == ""
-    assert clues(dense(), total_steps=None) == ""
+    assert notes(dense()) == ""
+    assert notes(dense(), total_steps=None) == ""
 
 
 def test_momentum_too_large_for_the_fit_comes_with_a_better_one():
-    text = clues(dense(), total_steps=100)
+    text = notes(dense(), total_steps=100)
     assert "momentum 0.99 is large for the 100 steps of this fit" in text
     assert "suggested: 0.9)" in text
     # What counts is 5 % of the start: 0.06 of it is left after 280 steps.
-    assert "momentum 0.99 is large" in clues(dense(), total_steps=280)
-    assert clues(dense(), total_steps=300) == ""
+    assert "momentum 0.99 is large" in notes(dense(), total_steps=280)
+    assert notes(dense(), total_steps=300) == ""
 
 
 def test_momentum_one_is_seen():
-    assert "momentum 1 never updates" in clues(dense(momentum=1.0))
+    assert "momentum 1 never updates" in notes(dense(momentum=1.0))
 
 
 def test_low_precision_is_seen():
-    assert "less than float32" in clues(dense(dtype="bfloat16"))
+    assert "less than float32" in notes(dense(dtype="bfloat16"))
 
 
 def test_training_false_in_a_functional_graph_is_seen_also_inside_a_nested_model():
     inputs = keras.Input((4,))
     direct = keras.Model(inputs, L.BatchNormalization()(inputs, training=False))
-    assert "overridden by `fit`" in clues(direct)
+    assert "overridden by `fit`" in notes(direct)
     base = dense()
     nested = keras.Model(inputs, L.Dense(1)(base(inputs, training=False)))
-    assert "overridden by `fit`" in clues(nested)
+    assert "overridden by `fit`" in notes(nested)
     open_graph = keras.Model(inputs, L.BatchNormalization()(inputs))
-    assert clues(open_graph) == ""
+    assert notes(open_graph) == ""
 
 
 def test_trainable_changed_after_compile_is_seen():
@@ -73,7 +73,7 @@ def test_trainable_changed_after_compile_is_seen():
         pytest.skip("this Keras does not remember what was compiled")
     model.layers[0].trainable = False
     found = find(model)
-    text = find_clues(
+    text = find_notes(
         model,
         found,
         total_steps=None,
@@ -94,24 +94,24 @@ def test_a_call_without_training_is_seen():
 
     model = Deaf()
     model(X)
-    assert "takes no `training`" in clues(model)
+    assert "takes no `training`" in notes(model)
 
 
 def test_shared_and_time_distributed_layers_are_seen():
     inputs = keras.Input((4,))
     shared = L.BatchNormalization()
     model = keras.Model(inputs, shared(shared(inputs)))
-    assert "called 2 times a step" in clues(model)
+    assert "called 2 times a step" in notes(model)
     sequence = keras.Sequential(
         [keras.Input((5, 4)), L.TimeDistributed(L.BatchNormalization())]
     )
-    assert "called 5 times a step" in clues(sequence)
+    assert "called 5 times a step" in notes(sequence)
 
 
 def test_averaged_weights_are_seen_unless_they_are_taken_care_of():
     ema = {"optimizer": keras.optimizers.SGD(use_ema=True)}
-    assert "averaged weights" in clues(dense(), **ema)
-    assert clues(dense(), is_recalibrated=True, **ema) == ""
+    assert "averaged weights" in notes(dense(), **ema)
+    assert notes(dense(), is_recalibrated=True, **ema) == ""
 
 
 def test_the_report_carries_them_and_prints_them():

@@ -5,20 +5,20 @@ import dataclasses
 import pytest
 
 from bn_callbacks.report import BatchNormReport, LayerReport
-from bn_callbacks.watching.findings import CLEAR, PATIENCE, WORSE, Findings
+from bn_callbacks.watching.warning_filter import CLEAR, PATIENCE, WORSE, WarningFilter
 
 SICK = LayerReport("bn", cause="outliers", lag=1.0, advice="Clean the data.")
 
 
 def look(
-    findings: Findings, *layers: LayerReport, steps_left: int | None = 100
+    warning_filter: WarningFilter, *layers: LayerReport, steps_left: int | None = 100
 ) -> list[str]:
-    return findings.messages(BatchNormReport(layers), steps_left)
+    return warning_filter.messages(BatchNormReport(layers), steps_left)
 
 
-def said(findings: Findings, *layers: LayerReport) -> list[str]:
+def said(warning_filter: WarningFilter, *layers: LayerReport) -> list[str]:
     """What two looks say that find the same."""
-    return look(findings, *layers) + look(findings, *layers)
+    return look(warning_filter, *layers) + look(warning_filter, *layers)
 
 
 def of(lag: float | None, path: str = "bn", cause: str = "outliers") -> LayerReport:
@@ -26,20 +26,23 @@ def of(lag: float | None, path: str = "bn", cause: str = "outliers") -> LayerRep
 
 
 def test_a_finding_is_said_once_and_again_when_it_has_worsened() -> None:
-    findings = Findings(threshold=0.2)
-    assert len(said(findings, of(1.0))) == 1
+    warning_filter = WarningFilter(threshold=0.2)
+    assert len(said(warning_filter, of(1.0))) == 1
     for lag in (1.0, 0.5, 0.99 * WORSE):
-        assert said(findings, of(lag)) == []
-    (again,) = said(findings, of(1.01 * WORSE))
+        assert said(warning_filter, of(lag)) == []
+    (again,) = said(warning_filter, of(1.01 * WORSE))
     assert f"{1.01 * WORSE:.2f} standard deviations" in again
     # From now on it is that which must be exceeded.
-    assert said(findings, of(1.5 * WORSE)) == []
+    assert said(warning_filter, of(1.5 * WORSE)) == []
 
 
 def test_layers_are_grouped_by_cause_and_causes_are_apart() -> None:
-    findings = Findings(threshold=0.2)
+    warning_filter = WarningFilter(threshold=0.2)
     first, second = said(
-        findings, of(1.0), of(3.0, "worse"), of(2.0, "sorted", "correlated_batches")
+        warning_filter,
+        of(1.0),
+        of(3.0, "worse"),
+        of(2.0, "sorted", "correlated_batches"),
     )
     assert first.startswith("2 of 3 BatchNormalization layers lag, worst worse by 3.00")
     assert "correlated_batches" in second
@@ -47,35 +50,35 @@ def test_layers_are_grouped_by_cause_and_causes_are_apart() -> None:
 
 @pytest.mark.parametrize("lag", [None, 0.0, float("nan")])
 def test_what_has_no_size_cannot_worsen(lag: float | None) -> None:
-    findings = Findings(threshold=0.2)
-    assert len(said(findings, of(lag))) == 1
-    assert said(findings, of(lag)) == []
+    warning_filter = WarningFilter(threshold=0.2)
+    assert len(said(warning_filter, of(lag))) == 1
+    assert said(warning_filter, of(lag)) == []
 
 
 def test_one_look_is_chance_and_the_next_one_confirms_it() -> None:
-    findings = Findings(threshold=0.2)
-    assert look(findings, of(1.0)) == []
-    assert look(findings, of(0.1, cause="healthy")) == []
-    assert look(findings, of(1.0)) == []
-    assert len(look(findings, of(1.0))) == 1
+    warning_filter = WarningFilter(threshold=0.2)
+    assert look(warning_filter, of(1.0)) == []
+    assert look(warning_filter, of(0.1, cause="healthy")) == []
+    assert look(warning_filter, of(1.0)) == []
+    assert len(look(warning_filter, of(1.0))) == 1
 
 
 @pytest.mark.parametrize("cause", ["non_finite", "inference_mode", "not_updating"])
 def test_facts_and_the_end_need_no_second_look(cause: str) -> None:
-    assert len(look(Findings(threshold=0.2), of(None, cause=cause))) == 1
-    assert len(look(Findings(threshold=0.2), of(1.0), steps_left=0)) == 1
+    assert len(look(WarningFilter(threshold=0.2), of(None, cause=cause))) == 1
+    assert len(look(WarningFilter(threshold=0.2), of(1.0), steps_left=0)) == 1
 
 
 def test_after_a_healthy_training_the_last_look_has_to_be_clear() -> None:
     def last(lag: float, inference: float | None = None) -> list[str]:
-        findings = Findings(threshold=0.2)
+        warning_filter = WarningFilter(threshold=0.2)
         for _ in range(3):
-            assert look(findings, of(0.1, cause="healthy")) == []
+            assert look(warning_filter, of(0.1, cause="healthy")) == []
         losses = {} if inference is None else {
             "loss_batch": 1.0, "loss_inference": inference, "loss_recalibrated": 1.0
         }  # fmt: skip
         report = BatchNormReport((of(lag, cause="stale"),), **losses)
-        return findings.messages(report, steps_left=0)
+        return warning_filter.messages(report, steps_left=0)
 
     assert last(0.3) == []
     assert last(9.0, inference=1.5) == []
@@ -86,14 +89,14 @@ def test_after_a_healthy_training_the_last_look_has_to_be_clear() -> None:
 
 
 def test_turbulence_has_to_last_for_three_memories() -> None:
-    findings = Findings(threshold=0.2)
+    warning_filter = WarningFilter(threshold=0.2)
 
     def drifting(memories: float) -> list[str]:
         updates = round(100 * memories)
         layer = dataclasses.replace(
             of(1.0, cause="drifting"), momentum=0.99, updates=1000 + updates
         )
-        return look(findings, layer)
+        return look(warning_filter, layer)
 
     assert PATIENCE == 3
     assert [len(drifting(memories)) for memories in (0, 1, 2, 2.9, 3.1)] == [

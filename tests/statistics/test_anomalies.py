@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from bn_callbacks.statistics.moments import Statistics
-from bn_callbacks.statistics.suspicion import (
+from bn_callbacks.statistics.anomalies import (
     FROZEN,
     HUGE,
     HUGE_VARIANCE,
@@ -13,8 +12,9 @@ from bn_callbacks.statistics.suspicion import (
     NEVER_UPDATED,
     NON_FINITE,
     ZERO_VARIANCE,
-    suspect,
+    find_anomalies,
 )
+from bn_callbacks.statistics.moments import Statistics
 
 EPSILON = 1e-3
 START = Statistics(np.zeros(4), np.ones(4))
@@ -22,7 +22,7 @@ START = Statistics(np.zeros(4), np.ones(4))
 
 def found(mean=(0.1, -2.0, 30.0, 0.0), variance=(0.5, 1.0, 2e-5, 900.0), **known):
     stored = Statistics(np.array(mean, float), np.array(variance, float))
-    return suspect(stored, **{"start": START, "epsilon": EPSILON, **known})
+    return find_anomalies(stored, **{"start": START, "epsilon": EPSILON, **known})
 
 
 def names(*args, **known):

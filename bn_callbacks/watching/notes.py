@@ -1,4 +1,4 @@
-"""What a model gives away before the first training step, for free."""
+"""Notes on a model that is about to be trained, shown as `note:` in the reports."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ import keras
 from bn_callbacks.layers import (
     BatchNormLayer,
     Calls,
-    is_stale,
+    is_trainable_stale,
     own_call,
     pinned_in_graph,
-    replicas,
     takes_training,
+    team_of,
     uses_ema,
 )
 from bn_callbacks.statistics.moving_average import (
@@ -21,7 +21,7 @@ from bn_callbacks.statistics.moving_average import (
 )
 
 
-def find_clues(
+def find_notes(
     model: keras.Model,
     layers: Sequence[BatchNormLayer],
     *,
@@ -29,19 +29,21 @@ def find_clues(
     is_recalibrated: bool,
     calls: Sequence[Calls],
 ) -> tuple[str, ...]:
-    """Facts that may lead to trouble. None is a finding before training confirms it.
+    """Lists facts that may lead to trouble, or that limit what can be measured.
+
+    None of them is a finding before the training confirms it.
 
     Args:
         model: The model about to be trained.
         layers: Its BN layers.
         total_steps: Training steps of the whole `fit`, None if unknown.
         is_recalibrated: Whether a callback recalibrates at the end.
-        calls: What a training step does with each layer, as far as it was seen.
+        calls: How a training step calls each layer, as far as that was seen.
 
     Returns:
         A sentence for each fact.
     """
-    pinned = pinned_in_graph(model)
+    pinned, has_replicas = pinned_in_graph(model), team_of(model).size > 1
     updating = [bn for bn in layers if bn.trainable]
     counts = {bn: each.updates for bn, each in zip(layers, calls, strict=True)}
     slow = [
@@ -70,8 +72,8 @@ def find_clues(
             "`training=False` in a functional graph is overridden by `fit`",
         ),
         (
-            [bn for bn in layers if is_stale(model, bn)],
-            "`trainable` was changed after `compile`; only another one makes it count",
+            [bn for bn in layers if is_trainable_stale(model, bn)],
+            "`trainable` was changed after `compile`; compile again to make it count",
         ),
         (
             [] if takes_training(model) else updating,
@@ -84,22 +86,22 @@ def find_clues(
         (
             [bn for bn in updating if counts[bn] is None],
             "how often a training step updates them could not be seen, so updates are "
-            "not counted, nothing is debiased, and a lag is not measured. Compile the "
-            "model anew before `fit`, so that its step is traced under the monitor",
+            "not counted, nothing is debiased, and no lag is measured. Compile the "
+            "model again before `fit`, so that the monitor sees its step traced",
         ),
         (
             [bn for bn in updating if not own_call(bn.layer).takes_statistics],
-            "a `call` of their own does something with `training=True` that cannot be "
-            "given statistics, so the losses of a probe are not measured",
+            "their own `call` does something with `training=True` for which statistics "
+            "cannot be given, so the losses of a probe are not measured",
         ),
         (
             updating if uses_ema(model) and not is_recalibrated else [],
-            "the optimizer will put averaged weights in at the end, which the "
-            "statistics do not belong to: recalibrate",
+            "at the end the optimizer will put averaged weights into the model, to "
+            "which the statistics do not belong: recalibrate",
         ),
         (
-            [bn for bn in updating if replicas(model) > 1 and not bn.synchronized],
-            "each replica keeps statistics of its own without `synchronized=True`",
+            [bn for bn in updating if not bn.synchronized] if has_replicas else [],
+            "without `synchronized=True` each replica keeps statistics of its own",
         ),
     ]
     suggested = suggest_momentum(total_steps) if total_steps else 0.0

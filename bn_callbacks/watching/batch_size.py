@@ -1,29 +1,32 @@
-"""How many examples a training batch has, found out without asking."""
+"""Infers the batch size of a training from Keras' loss metric."""
 
 import keras
 
-from bn_callbacks.layers import BatchNormLayer, LossMetric, replicas
+from bn_callbacks.layers import BatchNormLayer, LossMetric, team_of
 
 STEADY = 0.3
-"""How far the mean sizes of a part and of the whole of an epoch may differ."""
+"""Relative difference allowed between mean batch sizes in a part and in all of an
+epoch."""
 
 
-class ExampleCounter:
-    """Finds the batch size from the number of examples that Keras' metrics count.
+class BatchSizeObserver:
+    """Infers the batch size from the number of examples that Keras' loss has counted.
 
-    It is known or it is not: a count that falls (an `evaluate` in a hook, which sets
-    metrics back) leaves it unknown. So does one that is no multiple of the steps,
-    unless several looks find about the same number of examples a step: then batches
-    differ in size, as where each is an utterance, and it is their mean. Of several
-    replicas, the batch size of each.
+    A count that falls leaves the size unknown: an `evaluate` in a hook has reset the
+    metrics. So does a count that is no multiple of the steps, unless several
+    observations agree on the mean: then batches differ in size, as utterances do.
 
     Args:
         model: The model in training.
+
+    Attributes:
+        batch_size: Examples per batch, on each replica; None if unknown.
+        last_batch_size: Examples in an epoch's last batch, if it was smaller.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._loss = LossMetric(model)
-        self._replicas = replicas(model)
+        self._replicas = team_of(model).size
         self._begin: float | None = None
         self._last = 0.0
         self._steps = 0
@@ -39,14 +42,14 @@ class ExampleCounter:
         return self.batch_size * self._replicas
 
     def begin(self) -> None:
-        """Looks before the first step of an epoch."""
+        """Reads the count before the first step of an epoch."""
         self._begin = self._last = self._loss.examples() or 0.0
         self._steps, self._is_sure, self._means = 0, False, []
 
     def observe(self, steps: int) -> None:
-        """Looks after `steps` steps of an epoch, all with full batches.
+        """Reads the count after `steps` steps of an epoch, all with full batches.
 
-        Only now and then, for each look waits for the step before.
+        Seldom, since each reading waits for the step before.
         """
         if steps == 0 or (self._is_sure and steps < 2 * self._steps):
             return
@@ -61,7 +64,7 @@ class ExampleCounter:
         self.batch_size, self._steps = size if self._is_sure else None, steps
 
     def finish(self, steps: int | None) -> None:
-        """Looks after all steps of an epoch, the last of which may be a smaller one."""
+        """Reads the count after an epoch; its last batch may be smaller."""
         self.last_batch_size = None
         seen = self._seen()
         if not steps or seen is None:
@@ -81,10 +84,10 @@ class ExampleCounter:
         self.batch_size = self.last_batch_size = self._begin = None
 
     def _mean(self, steps: int, size: float) -> float | None:
-        """The mean size of batches that differ; None where looks do not agree on it."""
+        """The mean size of batches that differ; None if observations disagree."""
         if size < 2:
             return None
-        # Those of few steps say little yet.
+        # Means over few steps are too rough.
         means = [mean for count, mean in self._means if count >= steps / 4]
         is_steady = all(abs(mean / size - 1) < STEADY for mean in means)
         return size if len(means) >= 2 and is_steady else None
@@ -93,7 +96,7 @@ class ExampleCounter:
         return round(size) if size >= 1 and abs(size - round(size)) < 1e-3 else None
 
     def _seen(self) -> float | None:
-        """Examples of a replica since the epoch began; None if they are not counted."""
+        """Examples per replica since the epoch began; None if nothing counts them."""
         count = self._loss.examples()
         if count is None or self._begin is None or count < self._last:
             self._begin = None

@@ -1,4 +1,4 @@
-"""What came and went: the reports of a training, joined into episodes."""
+"""Joins the reports of a training into episodes: what came and went."""
 
 import dataclasses
 import itertools
@@ -11,11 +11,11 @@ from bn_callbacks.report import BatchNormReport, LayerReport
 from bn_callbacks.statistics.causes import WARMING_UP
 
 MAX_EPISODES = 40
-"""Episodes that are kept at most when they are over, more than there are causes. Beyond
-it the two of one cause that are the least apart become one."""
+"""Largest number of past episodes, more than there are causes. Beyond it, the two
+episodes of one cause that are closest in time become one."""
 
 LOOKS = 2
-"""Reports in a row that make an episode; one at an epoch's end is enough."""
+"""Reports in a row that make an episode. One at an epoch's end counts as two."""
 
 _recorders: "WeakKeyDictionary[keras.Model, EpisodeRecorder]" = WeakKeyDictionary()
 
@@ -23,10 +23,10 @@ _recorders: "WeakKeyDictionary[keras.Model, EpisodeRecorder]" = WeakKeyDictionar
 class EpisodeRecorder:
     """Remembers which causes were found in which reports.
 
-    Between the ends of epochs one look may be chance. So a cause makes an episode when
-    two reports in a row have shown it, or the one at an epoch's end; and one that is
-    missing from a single report there goes on. Warming up is how every training begins:
-    it makes one only at an epoch's end.
+    Within an epoch a single report may be chance. So a cause begins an episode when two
+    reports in a row show it, or the one at an epoch's end; and an episode survives one
+    report within an epoch that does not show it. Every training begins by warming up:
+    this begins an episode only at an epoch's end.
     """
 
     def __init__(self) -> None:
@@ -38,18 +38,18 @@ class EpisodeRecorder:
 
     @classmethod
     def of(cls, model: keras.Model, epoch: int, step: int) -> "EpisodeRecorder":
-        """The recorder for a training that begins.
+        """Finds the recorder for a training that begins.
 
         Args:
             model: The model in training.
-            epoch: The epoch with which it begins, counted from 0.
-            step: The step with which it begins.
+            epoch: Its first epoch, counted from 0.
+            step: Its first step.
 
         Returns:
-            That of the training before, if this one resumes it; or else a new one.
+            The recorder of the training before, if this one resumes it; or a new one.
         """
         before = _recorders.pop(model, None)
-        # The epoch in which it was interrupted may be made again.
+        # An interrupted epoch may be repeated.
         resumes = (
             before and epoch and before._epoch <= epoch + 1 and before._step <= step
         )
@@ -60,13 +60,13 @@ class EpisodeRecorder:
     def add(
         self, report: BatchNormReport, step: int, epoch: int, ends_epoch: bool
     ) -> BatchNormReport:
-        """Takes a report into account.
+        """Adds a report.
 
         Args:
             report: The report.
-            step: The step at which it was made.
+            step: Its step.
             epoch: Its epoch, counted from 1.
-            ends_epoch: Whether the epoch has ended, so that losses are new.
+            ends_epoch: Whether the epoch has ended, so that the losses are new.
 
         Returns:
             The report, with all episodes so far.
@@ -97,7 +97,7 @@ class EpisodeRecorder:
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
-        """All episodes, in the order in which they began."""
+        """All episodes, in the order of their beginnings."""
         now = [
             dataclasses.replace(episode, is_over=self._missed[cause] > 0)
             for cause, episode in self._now.items()
@@ -115,7 +115,7 @@ class EpisodeRecorder:
             self._join()
 
     def _join(self) -> None:
-        """Makes two episodes one, so that long trainings take no more room."""
+        """Joins two episodes, so that memory stays bounded in long trainings."""
         pairs = [
             pair
             for cause in dict.fromkeys(episode.cause for episode in self._past)

@@ -1,4 +1,4 @@
-"""Which findings deserve a warning, when, and in which words."""
+"""Decides which findings deserve a warning, when, and in which words."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,14 @@ from bn_callbacks.statistics.causes import (
 from bn_callbacks.statistics.moving_average import start_weight
 
 PATIENCE = 3.0
-"""Memories of the average, `1/(1 − momentum)` updates, for which drift must last
-before it is called more than the turbulence at the start of any training."""
+"""How long drift must last to be more than the turbulence at the start of any training,
+in memories `1/(1 − momentum)` of the average."""
 
 WORSE = 2.0
-"""How many times as large the lag must be for a finding to be repeated."""
+"""Factor by which a lag must grow for its finding to be repeated."""
 
 TURBULENT = frozenset({DRIFTING, NOISY, STALE})
-"""Causes that the start of any training may show for a while."""
+"""Causes that any training may show at its start."""
 
 UNCURABLE = frozenset(
     {
@@ -45,25 +45,24 @@ UNCURABLE = frozenset(
 )
 """Causes that recalibration does not cure."""
 
-
 FACTS = frozenset({INFERENCE_MODE, NON_FINITE, NOT_UPDATING})
-"""Causes that need no statistics, and so no second look."""
+"""Causes that are facts, not estimates, and so need no second look."""
 
 CLEAR = 2.0
-"""How many times the threshold a lag, and how many times the loss it should be that in
-inference mode, must be to be believed at the end of a training that was healthy at
-every look before: healthy ones have ended with 1.4 (tests/benchmarks/limits.py)."""
+"""At the end of a training that was healthy at every look before, how many times the
+threshold a lag must be to be believed, and how many times the recalibrated loss that in
+inference mode. Healthy trainings have ended with 1.4 (tests/benchmarks/limits.py)."""
 
 
-class Findings:
-    """Decides what to say in one `fit`: each finding once, and again if it worsens.
+class WarningFilter:
+    """Decides what to warn of in one `fit`: each finding once, again if it worsens.
 
-    A finding at one epoch's end may be chance: it is said when the next end shows it
-    too, or when training ends. Where all looks before have found nothing, the last
-    one has to be clear.
+    A finding at one epoch's end may be chance. So the warning waits until the next end
+    shows it too, or until training ends. If all looks before found nothing, the last
+    one must be clear.
 
     Args:
-        threshold: Lag above which something is said.
+        threshold: Lag above which to warn.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -80,13 +79,13 @@ class Findings:
         steps_left: int | None,
         is_corrected: bool = False,
     ) -> list[str]:
-        """Texts of new findings.
+        """Returns the texts of the warnings that are due.
 
         Args:
             report: The latest report.
             steps_left: Training steps still to come; None if unknown.
-            is_corrected: Whether a callback corrects the statistics at the end, so
-                that only what it cannot cure deserves a word.
+            is_corrected: Whether a callback corrects the statistics at the end; then
+                only what it cannot cure is due.
         """
         is_last = steps_left == 0
         is_lonely = is_last and self._looks > 1 and not self._has_found
@@ -116,7 +115,7 @@ class Findings:
         return messages
 
     def _is_clear(self, layer: LayerReport, report: BatchNormReport) -> bool:
-        """Whether a finding needs no second look, large as it is."""
+        """Whether a finding is so large that it needs no second look."""
         if layer.cause not in TURBULENT:
             return True
         consistent, inference = report.loss_recalibrated, report.loss_inference
@@ -129,7 +128,7 @@ class Findings:
             return True
         momentum, updates = layer.momentum or 0.0, layer.updates or 0
         if layer.cause == WARMING_UP:
-            # What is left of the start at the end, at least so many steps from now.
+            # At the end, in at least so many updates, this much of the lag is left.
             if steps_left is None:
                 return False
             return (layer.lag or 0) * start_weight(
@@ -143,7 +142,7 @@ class Findings:
 
 
 def _message(layers: Sequence[LayerReport], report: BatchNormReport) -> str:
-    """What happened, how sure, and what to do: the worst layer speaks for all."""
+    """Says what happened, how sure that is, and what to do; shows the worst layer."""
     worst = layers[0]
     who = worst.path if len(layers) == 1 else f"worst {worst.path}"
     of = f"{len(layers)} of {len(report.layers)} BatchNormalization layers"
