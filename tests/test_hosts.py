@@ -1,8 +1,12 @@
-"""The callbacks in loops and beside callbacks that are not ours."""
+"""The callbacks in loops, in searches, and beside callbacks that are not ours."""
+
+import pickle
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from extras import needed
 from models import compiled, dense, normal
 
 import bn_callbacks as bn
@@ -86,3 +90,143 @@ def test_a_training_that_backup_and_restore_goes_on_with_is_watched(tmp_path):
     assert all(np.isfinite(layer.lag) for layer in monitor.report.layers)
     assert bn.audit(resumed, X).residual < 0.001
     assert np.isfinite(values(resumed)).all()
+
+
+class Batches(keras.utils.PyDataset):
+    """The data in four batches."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        part = slice(32 * index, 32 * index + 32)
+        return X[part], Y[part]
+
+
+KINDS = {
+    "arrays": lambda: (X, Y),
+    "tf.data": lambda: (tf.data.Dataset.from_tensor_slices((X, Y)).batch(32),),
+    "PyDataset": lambda: (Batches(),),
+}
+OF_KERAS_TUNER = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:DeprecationWarning:keras_tuner",
+    "ignore:Skipping variable loading for optimizer:UserWarning",
+)
+X_VAL = normal(64, 6, seed=1)
+Y_VAL = np.abs(X_VAL[:, :1])
+
+
+def with_momentum(momentum):
+    keras.utils.set_random_seed(0)  # The same weights and batches in each trial.
+    model = dense(2)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = momentum
+    model.compile("adam", "mse")
+    return model
+
+
+def search(objective, data, callbacks, directory, trials=2):
+    """Lets keras-tuner choose between a good momentum and a bad one."""
+    kt = needed("keras_tuner", "hosts")
+    tuner = kt.GridSearch(
+        lambda hp: with_momentum(hp.Choice("momentum", [0.999, 0.5])),
+        objective=objective and kt.Objective(objective, "min"),
+        max_trials=trials,
+        directory=directory,
+        overwrite=True,
+    )
+    tuner.search(
+        *data,
+        epochs=3,
+        validation_data=(X_VAL, Y_VAL),
+        callbacks=callbacks,
+        verbose=0,
+    )
+    return tuner
+
+
+@pytest.mark.slow
+@OF_KERAS_TUNER
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_tuner_minimises_bn_lag(kind, tmp_path):
+    data = KINDS[kind]()
+    probe = data if kind == "arrays" else data[0]
+    monitor = bn.BatchNormMonitor(tmp_path / "logs", probe=probe, on_lag="ignore")
+    tuner = search("bn_lag", data, [monitor], tmp_path)
+    (best,) = tuner.get_best_hyperparameters()
+    assert best.get("momentum") == 0.5
+    trials = tuner.oracle.get_best_trials(2)
+    scores = [trial.score for trial in trials]
+    assert 0 < scores[0] < scores[1]
+    assert trials[1].metrics.exists("bn_loss_gap")
+    # The one that was given in is a pattern, and stays as it was.
+    assert monitor.report is None
+    assert len(list((tmp_path / "logs").iterdir())) == 2  # A run each.
+
+
+@pytest.mark.slow
+@OF_KERAS_TUNER
+@pytest.mark.parametrize("kind", KINDS)
+def test_keras_tuner_judges_weights_and_returns_what_it_judged(kind, tmp_path):
+    data = KINDS[kind]()
+    recalibrate = [
+        bn.RecalibrateBatchNorm(data[0], when=when)
+        for when in ("validation", "epoch_end")
+    ]
+    tuner = search("val_loss", data, recalibrate, tmp_path)
+    scores = [trial.score for trial in tuner.oracle.get_best_trials(2)]
+    # The momentum changes moving averages only, and these are not what is judged.
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    (model,) = tuner.get_best_models(1)
+    loss = model.evaluate(X_VAL, Y_VAL, verbose=0)
+    assert loss == pytest.approx(scores[0], rel=1e-3)
+    assert bn.audit(model, X).residual < 0.01
+
+
+@pytest.mark.slow
+def test_a_grid_search_of_scikeras_compares_weights_and_keeps_what_it_found():
+    wrappers = needed("scikeras.wrappers", "hosts")
+    from sklearn.model_selection import GridSearchCV
+
+    regressor = wrappers.KerasRegressor(
+        with_momentum,
+        epochs=3,
+        random_state=0,
+        verbose=0,
+        callbacks=[bn.BatchNormMonitor(on_lag="ignore"), bn.RecalibrateBatchNorm(X)],
+    )
+    grid = GridSearchCV(
+        regressor, {"model__momentum": [0.999, 0.5]}, cv=2, error_score="raise"
+    ).fit(X, Y[:, 0])
+    scores = grid.cv_results_["mean_test_score"]
+    # The momentum changes moving averages only, and these are recalibrated.
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    best = grid.best_estimator_
+    assert bn.audit(best.model_, X).residual < 0.001
+    assert len(best.history_["bn_lag"]) == 3
+    loaded = pickle.loads(pickle.dumps(best))
+    np.testing.assert_array_equal(loaded.predict(X_VAL), best.predict(X_VAL))
+    assert bn.audit(loaded.model_, X).residual < 0.001
+
+
+@pytest.mark.slow
+def test_callbacks_of_scikeras_are_copied_for_each_training():
+    wrappers = needed("scikeras.wrappers", "hosts")
+    from sklearn.model_selection import cross_validate
+
+    monitor = bn.BatchNormMonitor(on_lag="ignore")
+    regressor = wrappers.KerasRegressor(
+        with_momentum,
+        model__momentum=0.99,
+        epochs=2,
+        verbose=0,
+        callbacks=[monitor],
+    )
+    found = cross_validate(
+        regressor, X, Y[:, 0], cv=3, return_estimator=True, error_score="raise"
+    )
+    for each in found["estimator"]:
+        assert len(each.history_["bn_lag"]) == 2
+        assert min(each.history_["bn_lag"]) > 0
+    assert monitor.report is None

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import handful
 import pytest
 from page import HEAD, PATH, SECTIONS, replaced
 
@@ -33,6 +34,14 @@ def test_a_section_is_exchanged_and_the_others_stay() -> None:
     assert "old" not in page
     assert page.count("stays") == page.count("new") == 1
     assert replaced(page, "causes", "new\n") == page
+
+
+def test_rows_of_networks_that_are_not_measured_stay() -> None:
+    found = handful.kept(PATH, ["residual"])
+    assert len(found["dense"]) == len(found["convolutional"]) == 9
+    assert not found["residual"]
+    assert f"| {' | '.join(found['dense'][0])} |" in PATH.read_text("utf-8")
+    assert not any(handful.kept(None, []).values())
 
 
 def test_the_page_in_the_docs_is_one_of_ours() -> None:
