@@ -199,6 +199,58 @@ def test_statistics_written_before_training_are_not_initial():
     assert not evidence.is_initial
 
 
+def test_a_layer_frozen_in_mid_training_has_what_it_had_then_to_keep():
+    averages = Averages()
+    averages.train(5)
+    averages.close(5)
+    assert averages.evidence().is_initial
+    learned = [np.array(each.value) for each in averages.layers[0].averages]
+    averages.layers[0].layer.trainable = False
+    averages.train(3)
+    averages.close(3)
+    frozen, other = averages.evidence(0), averages.evidence(1)
+    np.testing.assert_array_equal(frozen.start, learned)
+    assert (frozen.updates, other.updates) == (3, 8)
+    assert not frozen.is_initial
+    assert other.is_initial
+
+
+def wild(averages, steps, value):
+    """Single steps, the last of which has a variance of `value`, read one by one."""
+    for step in range(steps):
+        averages.train(1)
+        if step == steps - 1:
+            variable = averages.layers[0].averages[1]
+            variable.assign_add((1 - MOMENTUM) * value * np.ones(3))
+        averages.close(1)
+
+
+def test_a_wild_batch_counts_beside_single_steps_of_its_own_epoch():
+    averages = Averages(length=4)
+    wild(averages, 12, 0.0)
+    calm = averages.evidence().scatter.dominance
+    averages.windows.end_epoch()
+    # All scales change, as weights do in time, and no single steps are read.
+    averages.train(8)
+    averages.layers[0].averages[1].assign_add(100 * np.ones(3))
+    averages.close(8)
+    averages.windows.end_epoch()
+    assert averages.evidence().scatter.dominance == pytest.approx(calm)
+    # A wild batch in the epoch whose steps are known, in a window before them.
+    averages = Averages(length=4)
+    averages.train(4)
+    averages.layers[0].averages[1].assign_add(1000 * np.ones(3))
+    averages.close(4)
+    wild(averages, 8, 0.0)
+    first = averages.evidence().scatter.dominance
+    assert first > 100
+    for _ in range(KEPT_WINDOWS):
+        averages.windows.end_epoch()
+        averages.train(4)
+        averages.close(4)
+    assert averages.evidence().scatter.dominance == first
+
+
 def test_momentum_one_recovers_nothing():
     averages = Averages(momentum=1.0)
     averages.train(4)

@@ -40,9 +40,9 @@ MEANS = np.array([120.0, 1970.0, 4.0, 15.0, 11.0, 400.0])
 SCALES = np.array([40.0, 20.0, 1.2, 7.0, 3.0, 250.0])
 
 
-# Each column by a factor of its own, columns that change places, a logarithm: none of it
-# is one factor for all, which is what `audit` can prove. It may say what it sees, if it
-# also says to look at the preprocessing or at the data first.
+# A factor for each column, columns that change places, a logarithm: none is one factor
+# for all, which is what `audit` can prove. It may say what it sees, if it sends to the
+# preprocessing or to the data first.
 
 
 @case("harms", "rescaled_inputs", "stale")
