@@ -34,6 +34,7 @@ SECTIONS = {
     "probe": "What a probe costs",
     "recalibration": "What recalibration costs",
     "first_call": "What its first call costs",
+    "validation": "What recalibrating for each validation costs",
     "samples": "How large a sample has to be",
     "passes": "What a pass costs",
     "growth": "How both grow",

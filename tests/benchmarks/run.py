@@ -21,6 +21,7 @@ OPTIONS = {
     "probe": [],
     "recalibration": [],
     "first_call": [],
+    "validation": [],
     "samples": [],
     "passes": [],
     "growth": [],
@@ -35,6 +36,7 @@ QUICK = {
         *("--models", "mlp6", "--repeats", "1", "--steps", "1"),
     ],
     "first_call": ["--models", "mlp6", "--steps", "1"],
+    "validation": ["--models", "mlp6-20k", "--seeds", "1", "--images", "256"],
     "samples": ["--models", "EfficientNetV2B0", "--sizes", "300", "--steps", "1"],
     "passes": [
         *("--models", "mlp", "--peaks", "mlp", "--batches", "1"),
