@@ -22,11 +22,11 @@ EPOCHS = 3
 HELD_OUT = 2000
 PAGE = """\
 `fit` over {images:,} images of 32×32 for {epochs} epochs, with 2,000 more to validate
-on and `RecalibrateBatchNorm(x, when="validation")`. *Cost* is the time in the callback's
-methods before and after a validation, over that of an epoch's training, in the last
-epoch: the first one traces. The other columns compare the last `val_loss` with the loss
-of the same weights after `recalibrate` over all images. Medians over {seeds} trainings,
-and the worst.
+on and `RecalibrateBatchNorm(x, when="validation")`. *Cost* is the time in the
+callback's methods before and after a validation, over that of an epoch's training, in
+the last epoch: the first one traces. The other columns compare the last `val_loss`
+with the loss of the same weights after `recalibrate` over all images. Medians over
+{seeds} trainings, and the worst.
 
 {table}
 """
