@@ -173,10 +173,7 @@ class Batches(Source):
         return self._place(self._part + index * self._parts)
 
     def _place(self, count: int) -> int:
-        # The end of the data is looked for behind the last, which no order has.
-        if self._order is None or count >= len(self._order):
-            return count
-        return self._order[count]
+        return count if self._order is None else self._order[count]
 
     def checksum(self) -> float:
         """A checksum of the first batch: different data almost surely differ in it."""

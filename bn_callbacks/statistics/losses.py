@@ -250,10 +250,9 @@ def _unclear(seen: Losses) -> bool:
 
 def _slight(seen: Losses) -> bool:
     """I > R ≈ B, by little and for sure: what a large lag shows stands."""
-    return all(seen.exceeds("inference", of, SLIGHT_LIMIT) for of in EITHER)
+    from_batch = seen.exceeds("inference", "batch", SLIGHT_LIMIT)
+    return from_batch and seen.exceeds("inference", "recalibrated", SLIGHT_LIMIT)
 
-
-EITHER = ("batch", "recalibrated")
 
 STALE_CAUSES = frozenset(
     {

@@ -5,7 +5,6 @@ python tests/benchmarks/causes.py [--part tuned|held-back|all] [--no-probe]
                                   [--markdown docs/benchmarks.md]
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -26,7 +25,7 @@ import kit  # noqa: E402
 import truth  # noqa: E402
 from cases import CASES  # noqa: E402
 from kit import Case, Outcome  # noqa: E402
-from page import Section, table  # noqa: E402
+from page import Section, new_parser, table  # noqa: E402
 
 Results = Sequence[tuple[Case, Outcome | None]]
 QUIET = "(silent)"
@@ -175,7 +174,7 @@ def print_truth(case: Case) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__.split("\n")[0])
     parser.add_argument("--part", choices=["tuned", "held-back", "all"], default="all")
     parser.add_argument("--no-probe", action="store_true", help="only without a probe")
     parser.add_argument("--with-probe", action="store_true", help="only with a probe")
@@ -184,7 +183,6 @@ def main() -> None:
     )
     parser.add_argument("--truth", action="store_true", help="no monitor: is it so?")
     parser.add_argument("--verbose", action="store_true", help="print the warnings")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     args = parser.parse_args()
     chosen = [
         case

@@ -6,11 +6,8 @@
 Each model is measured in this one process, in CPU time.
 """
 
-import argparse
-from pathlib import Path
-
 from networks import NETWORKS, trained
-from page import Section, table
+from page import Section, new_parser, table
 from recalibration import Inference, timed
 
 MODELS = ("plain16", "MobileNetV2", "ResNet50-128")
@@ -43,14 +40,11 @@ def measure(name: str, steps: int | None) -> tuple[str, ...]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=list(NETWORKS)
     )
     parser.add_argument("--steps", type=int, help="steps of training, in place of ours")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("first_call")
     rows = []

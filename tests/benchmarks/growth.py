@@ -6,18 +6,16 @@ Readings, reports: against the number of layers and channels, with a plane fitte
 medians. Recalibration: against the amount of data, layers and passes.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from page import Section, table
+from page import Section, new_parser, table
 
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find
@@ -144,14 +142,11 @@ def recalibration_lines(repeats: int, batches: int) -> list[tuple[str, ...]]:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of a recalibration")
     parser.add_argument("--batches", type=int, default=100, help="of its base")
     parser.add_argument("--readings", type=int, default=50)
     parser.add_argument("--reports", type=int, default=7)
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("growth")
     pairs, rows = [], []

@@ -8,7 +8,6 @@ only, which leaves their averages warming up; or they get data of half the contr
 Each network takes a quarter of an hour; rows of others that the page has stay there.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from page import Section, table
+from page import Section, new_parser, table
 from sklearn.datasets import load_digits
 
 from bn_callbacks import recalibrate
@@ -234,16 +233,13 @@ def kept(page: Path | None, measured: Sequence[str]) -> dict[str, list[list[str]
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS)
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--examples", nargs="+", type=int, default=[8, 16])
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("handful")
     head = ("network", "case", "examples", "stored", *WAYS)

@@ -7,7 +7,6 @@ The cases are some of tests/causes: each is trained once under a monitor with a 
 or audited, and every figure that a limit is for is read from what has been seen there.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -30,7 +29,7 @@ import kit  # noqa: E402
 import numpy as np  # noqa: E402
 from audits import audits  # noqa: E402
 from cases import CASES  # noqa: E402
-from page import Section, table  # noqa: E402
+from page import Section, new_parser, table  # noqa: E402
 from probe import twins  # noqa: E402
 
 from bn_callbacks.layers import facts, find, read  # noqa: E402
@@ -364,12 +363,9 @@ def row(one: Limit) -> tuple[str, ...]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     names = [each.name for each in LIMITS]
     parser.add_argument("--only", nargs="+", default=names, choices=names)
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("limits")
     rows = []

@@ -9,21 +9,19 @@ methods of the monitor take themselves is measured as well, for the times of two
 differ by more than what is sought.
 """
 
-import argparse
 import itertools
 import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from page import Section, quartiles, table
+from page import Section, new_parser, quartiles, table
 
 from bn_callbacks import BatchNormMonitor
 from bn_callbacks.callbacks.monitor import WRITING_SHARE
@@ -222,15 +220,12 @@ def milliseconds(name: str, fits: Fits) -> list[Any]:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument(
         "--repeats", type=int, default=7, help="three times as many for the mlp"
     )
     parser.add_argument("--steps", type=int, help="of an epoch, whatever the model")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("overhead")
     rows: list[Any] = []

@@ -1,5 +1,6 @@
 """One page of sections, `docs/benchmarks.md`, each written by a command of its own."""
 
+import argparse
 import os
 import platform
 import re
@@ -80,6 +81,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a script that writes a section."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--markdown", type=Path, help="the page to write this into")
+    return made
 
 
 class Section:

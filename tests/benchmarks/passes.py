@@ -24,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from networks import CLASSES, application, plain
-from page import Section, quartiles, table
+from page import Section, new_parser, quartiles, table
 
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find, read
@@ -315,16 +315,13 @@ over {memory_repeats} processes each. A sample of the data is to take 256 MB at 
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-repeats", type=int, default=3)
     parser.add_argument("--batches", type=int, help="batches of a pass, at most")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="to time")
     parser.add_argument("--peaks", nargs="*", default=list(PEAKS), help="for memory")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for chosen, known in ((options.models, MODELS), (options.peaks, PEAKS)):

@@ -4,11 +4,9 @@ python tests/benchmarks/probe.py [--models mlp plain16 ...] [--repeats 5]
                                  [--markdown docs/benchmarks.md]
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,7 +15,7 @@ import keras
 import networks
 import numpy as np
 from overhead import mlp
-from page import Section, table
+from page import Section, new_parser, table
 
 from bn_callbacks.layers import read
 from bn_callbacks.measuring import probe as probes
@@ -113,12 +111,9 @@ def row(name: str, repeats: int) -> tuple[str, ...]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("probe")
     rows = []

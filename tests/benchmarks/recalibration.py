@@ -6,12 +6,10 @@
 Times are taken in one process, in turn, and are medians over the repeats.
 """
 
-import argparse
 import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -21,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 from networks import NETWORKS, trained
 from numpy.typing import NDArray
-from page import Section, table
+from page import Section, new_parser, table
 
 from bn_callbacks import recalibrate
 from bn_callbacks.layers import find
@@ -205,16 +203,13 @@ cores, which other work on the machine disturbs less.
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, help="steps of training, in place of ours")
     parser.add_argument(
         "--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS)
     )
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("recalibration")
     rows = []

@@ -7,10 +7,8 @@ Where memory allows few examples, as with large images, the sample is a poorer m
 the data.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 from networks import Network, application, trained
-from page import Section, table
+from page import Section, new_parser, table
 from recalibration import residual_of
 
 from bn_callbacks import recalibrate
@@ -76,15 +74,12 @@ def allowed(build: Callable[[int], keras.Model], width: int) -> int:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS)
     )
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
     parser.add_argument("--steps", type=int, help="steps of training, in place of ours")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("samples")
     head = (

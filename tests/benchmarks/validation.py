@@ -4,15 +4,13 @@ python tests/benchmarks/validation.py [--models mlp6-20k ...] [--seeds 3]
                                       [--markdown docs/benchmarks.md]
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from networks import NETWORKS, data_for, mlp
-from page import Section, table
+from page import Section, new_parser, table
 
 from bn_callbacks import RecalibrateBatchNorm, recalibrate
 
@@ -107,15 +105,12 @@ def line(name: str, seeds: int, limit: int | None) -> tuple[str, ...]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=list(NETWORKS)
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, help="in place of 20,000")
-    parser.add_argument("--markdown", type=Path, help="the page to write this into")
     options = parser.parse_args()
     section = Section("validation")
     rows = []

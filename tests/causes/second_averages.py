@@ -97,18 +97,6 @@ def attention_under_lion(rate: float = 0.006) -> Trial:
     return Trial(model, fit, (x[:320], y[:320]), held_out=bags(320, seed=206))
 
 
-def tones(rows: int, seed: int) -> tuple[Any, Any]:
-    """Noisy tones on grounds of their own, and the same without the noise."""
-    draw = rng(seed)
-    time = np.arange(24)
-    phase, pitch = draw.uniform(0, 6, (rows, 1)), draw.uniform(0.3, 0.9, (rows, 1))
-    ground = 2 * draw.normal(size=(rows, 1))
-    tone = np.sin(pitch * time + phase)
-    x = tone + ground + 0.4 * draw.normal(size=(rows, 24))
-    y = tone + ground
-    return x[..., None].astype("float32"), y[..., None].astype("float32")
-
-
 def springs(rows: int, seed: int) -> tuple[Any, Any]:
     """Springs in a row, and the energy that they have in all."""
     x = rng(seed).normal(size=(rows, 5))
