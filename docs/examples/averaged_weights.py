@@ -13,9 +13,13 @@ trained ones would first have to be permuted to match, which is not done here.
 
 import keras
 import numpy as np
+import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import bn_callbacks as bn
+
+# The same figures in each run on a machine, however many cores are busy.
+tf.config.experimental.enable_op_determinism()
 
 BATCH_SIZE = 64
 BATCHES = (4, 16, 64)
