@@ -41,7 +41,7 @@ from bn_callbacks.measuring.consistent import (
 from bn_callbacks.measuring.data import Batches
 from bn_callbacks.measuring.handful import corrected, handful
 from bn_callbacks.measuring.one_pass import Measurement, Population
-from bn_callbacks.measuring.precision import Precision
+from bn_callbacks.measuring.precision import MIN_BATCHES, Precision
 from bn_callbacks.measuring.probe import Probe
 from bn_callbacks.measuring.progress import Progress
 from bn_callbacks.measuring.reach import targets_of
@@ -56,12 +56,16 @@ from bn_callbacks.warn import warn
 BRIEF_TOLERANCE = 0.01
 """Standard error that is small enough for a validation in `fit`."""
 
-BRIEF_RESIDUAL = 0.002
-"""Residual that is small compared with `BRIEF_TOLERANCE`."""
+BRIEF_RESIDUAL = 0.005
+"""Residual that is small compared with `BRIEF_TOLERANCE`: errors add up as squares."""
 
-BRIEF_SAMPLES, BRIEF_SHARE = 2048, 0.05
+BRIEF_SAMPLES, BRIEF_SHARE = 2048, 1 / 6
 """A validation reads no more than so many samples, or this share of the data if that is
-more. More would take longer than a tenth of an epoch of 20,000 samples."""
+more. More would take longer than a tenth of an epoch of 20,000 samples
+(tests/benchmarks/validation.py)."""
+
+BRIEF_GRAIN = BRIEF_SAMPLES // MIN_BATCHES
+"""Samples after which a validation looks whether it has read enough."""
 
 SHORT_SAMPLE = 512
 """Size of the first sample if `tolerance` may end the pass early."""
@@ -284,7 +288,7 @@ class Recalibration:
         self._refine: int | Literal["auto"] = (
             refine if refine == "auto" else int(refine)
         )
-        self._batches = batches
+        self._batches = batches = batches.by_rows() if is_brief else batches
         self._prior = prior
         self._shrinkage: tuple[Shrinkage, ...] = ()
         self._team = team_of(model)
@@ -314,7 +318,7 @@ class Recalibration:
             if validation_data is not None:
                 self._validation = Probe(model, validation_data, self._targets)
             first = batches.peek()
-            self._batch_size = max(1, examples_in(first))
+            self._brief_samples = _brief_samples(examples_in(first), batches.length)
             # Raises if the data do not fit the model, before hours of training.
             self._population.bytes_of_example(first)
         batches.mix()
@@ -414,6 +418,7 @@ class Recalibration:
             old,
             limit=BRIEF_RESIDUAL if self._is_brief else RESIDUAL_LIMIT,
             until=until,
+            grain=BRIEF_GRAIN if self._is_brief else 0,
             most=self._most,
             progress=progress,
         )
@@ -433,14 +438,11 @@ class Recalibration:
     def _most(self) -> int | None:
         """Largest sample if a part of the data may be enough; None for any size."""
         if self._is_brief:
-            return BRIEF_SAMPLES
+            return self._brief_samples
         return None if self._tolerance is None else SHORT_SAMPLE
 
     def _precision(self) -> Precision:
-        most = None
-        if self._is_brief:
-            share = math.ceil(BRIEF_SHARE * (self._batches.length or 0))
-            most = max(math.ceil(BRIEF_SAMPLES / self._batch_size), share)
+        most = self._brief_samples if self._is_brief else None
         return Precision(self._targets, self._tolerance or 0.0, most)
 
     def _better(
@@ -501,6 +503,13 @@ class Recalibration:
                 "batches in training would serve better than either."
             )
         return tuple(notes)
+
+
+def _brief_samples(batch_size: int, length: int | None) -> int:
+    """The most samples that a validation reads, in whole steps of its reading."""
+    samples = max(BRIEF_SAMPLES, BRIEF_SHARE * batch_size * (length or 0))
+    step = max(1, batch_size, BRIEF_GRAIN // max(1, batch_size) * batch_size)
+    return math.ceil(samples / step) * step
 
 
 def check_options(

@@ -83,6 +83,7 @@ def consistent(
     *,
     limit: float = RESIDUAL_LIMIT,
     until: Callable[[], Until] | None = None,
+    grain: int = 0,
     most: int | None = None,
     passes: int | None = None,
     progress: Progress,
@@ -95,6 +96,7 @@ def consistent(
         old: What the layers store. Layers that the data do not reach keep it.
         limit: Residual that is small enough.
         until: Ends the first pass early; further passes read the same batches.
+        grain: Examples that `until` may see together; each batch by itself by default.
         most: Largest number of examples in the sample, which then comes from the
             beginning of the data; None for as many as memory allows, from all data.
         passes: Largest number of passes, even if the result is not precise; by default
@@ -123,8 +125,7 @@ def consistent(
         progress.begin("correcting" if best else "measuring")
         measured = _read(
             population,
-            # `until` must see each batch by itself.
-            Joined(source, 0 if until else model.joined),
+            Joined(source, min(grain, model.joined) if until else model.joined),
             given,
             until,
             progress,

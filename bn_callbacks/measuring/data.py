@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import copy
 import itertools
 import math
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from bn_callbacks.arguments import check_whole, shown
 from bn_callbacks.distribution import copies
@@ -83,10 +85,9 @@ class Batches(Source):
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
-            self._source: Iterable[Any] = _Arrays(
-                x, batch_size or BATCH_SIZE, inputs, shuffle
-            )
-            size: int | None = len(self._source)
+            arrays = _Arrays(x, batch_size or BATCH_SIZE, inputs)
+            self._source: Iterable[Any] = arrays.by_rows() if shuffle else arrays
+            size: int | None = len(arrays)
         else:
             if batch_size is not None:
                 raise ValueError(
@@ -125,6 +126,17 @@ class Batches(Source):
         """
         if isinstance(self._source, (_Arrays, _Indexed)) and self._length is not None:
             self._order = np.random.default_rng(0).permutation(self._length).tolist()
+
+    def by_rows(self) -> "Batches":
+        """The same data, with the rows of arrays in random order, always the same.
+
+        Other data, and arrays of which `steps` are used, keep their order.
+        """
+        if not isinstance(self._source, _Arrays) or self.steps is not None:
+            return self
+        new = copy.copy(self)
+        new._source, new._first = self._source.by_rows(), None
+        return new
 
     def peek(self) -> Batch:
         """The first batch. It is read from the data only once."""
@@ -421,9 +433,7 @@ def _misfit(model: keras.Model, inputs: Any) -> str:
 class _Arrays:
     """Arrays, cut into batches of consecutive rows, or of rows in random order."""
 
-    def __init__(
-        self, x: Any, batch_size: int, inputs: int | None, shuffle: bool = False
-    ) -> None:
+    def __init__(self, x: Any, batch_size: int, inputs: int | None) -> None:
         is_item = isinstance(x, tuple) and len(x) in (2, 3)
         if is_item and len(x) == inputs:
             # The tuple is as long as the model has inputs: it may be (x, y) or two
@@ -442,9 +452,14 @@ class _Arrays:
             )
         self._samples = sizes[0]
         self._batch_size = min(int(batch_size), max(1, self._samples))
-        self._order = None
-        if shuffle and self._samples > self._batch_size:
-            self._order = np.random.default_rng(0).permutation(self._samples)
+        self._order: NDArray[np.int64] | None = None
+
+    def by_rows(self) -> "_Arrays":
+        """The same arrays, with rows in random order, always the same."""
+        new = copy.copy(self)
+        if self._samples > self._batch_size:
+            new._order = np.random.default_rng(0).permutation(self._samples)
+        return new
 
     def __len__(self) -> int:
         return math.ceil(self._samples / self._batch_size)

@@ -25,9 +25,8 @@ from bn_callbacks.measuring.traced import Traced
 from bn_callbacks.statistics.moments import Moments, Statistics, pool, pool_batches
 from bn_callbacks.statistics.sampling import design_effect
 
-Until: TypeAlias = Callable[[list[Moments]], bool]
-"""Is called with each batch's moments; ends the pass by returning True."""
-
+Until: TypeAlias = Callable[[list[Moments], int], bool]
+"""Gets the moments and the number of examples of each batch; True ends the pass."""
 
 Show: TypeAlias = Callable[[int], None]
 """Is called with the number of batches read so far."""
@@ -35,6 +34,8 @@ Show: TypeAlias = Callable[[int], None]
 # Sums in float32 leave the mean off by up to about 4e-6 of itself (measured). Beyond
 # this ratio of mean to σ, that error matters.
 FAST_LIMIT = 200.0
+
+_Pending: TypeAlias = tuple[list[int], list[int], tuple[Any, ...]]
 
 MAX_PENDING = 16
 """Batches whose results may wait on the device before they are fetched."""
@@ -73,6 +74,7 @@ class _Results:
 
     Args:
         numbers: The place of each batch in the data.
+        sizes: The number of examples in each batch.
         counts: Counts of each batch, of all entries in one row.
         means: The same of the means.
         variances: The same of the variances.
@@ -81,6 +83,7 @@ class _Results:
     """
 
     numbers: list[int]
+    sizes: list[int]
     counts: NDArray[np.float64]
     means: NDArray[np.float64]
     variances: NDArray[np.float64]
@@ -92,6 +95,7 @@ class _Results:
         one = slice(index, index + 1)
         return _Results(
             self.numbers[one],
+            self.sizes[one],
             self.counts[one],
             self.means[one],
             self.variances[one],
@@ -157,8 +161,8 @@ class Population:
             batches: The data. They are read twice if their mean is far from 0.
             statistics: What each layer normalises with; `None` for the statistics
                 of each batch.
-            until: Makes a function that is called with each batch's moments, and ends
-                the pass (on all workers) by returning True.
+            until: Makes a function that is called with each batch's moments and number
+                of examples, and ends the pass (on all workers) by returning True.
             show: Is called with the number of batches read so far.
 
         Returns:
@@ -220,7 +224,7 @@ class Population:
         source = iter(batches)
         count = samples = 0
 
-        def take(traced: Traced, pending: list[Any]) -> bool:
+        def take(traced: Traced, pending: list[_Pending]) -> bool:
             """Pools the pending results; returns whether these are enough."""
             nonlocal pooled
             if not pending:
@@ -237,23 +241,24 @@ class Population:
                 ]
                 losses.append(one.losses)
                 entry_means.append(_entry_means(traced, one))
-                if is_enough is not None and is_enough(new):
+                if is_enough is not None and is_enough(new, sum(one.sizes)):
                     return True
             return False
 
         def work(traced: Traced) -> tuple[bool, bool]:
             """Reads some batches; returns whether the data ended, and if enough."""
             nonlocal count, samples
-            pending: list[tuple[list[int], tuple[Any, ...]]] = []
+            pending: list[_Pending] = []
             for _ in range(MAX_PENDING):
                 group = list(itertools.islice(source, self.team.replicas))
                 if not group:
                     return True, take(traced, pending)
                 numbers = [batches.number(count + i) for i in range(len(group))]
                 with naming_batch(self._model, group[0][0], numbers[0]):
-                    pending.append((numbers, traced(group, mix, count)))
+                    sizes = [examples_in(batch) for batch in group]
+                    pending.append((numbers, sizes, traced(group, mix, count)))
                 count += len(group)
-                samples += sum(examples_in(batch) for batch in group)
+                samples += sum(sizes)
                 if show is not None:
                     show(batches.read(count))
                 if (is_enough is not None or traced.late) and take(traced, pending):
@@ -286,7 +291,8 @@ class Population:
         """
         with self.team.agreed(), self._traced() as traced:
             with naming_batch(self._model, batch[0], 0):
-                pending = [([0], traced([batch], self._tensor(mix), 0))]
+                sizes = [examples_in(batch)]
+                pending = [([0], sizes, traced([batch], self._tensor(mix), 0))]
             results = _fetch(traced, pending, self.team.replicas)
             moments = self._moments(traced, results, is_fixed=True)
         chief = self.team.gather(_flat([1, 0, 0, 0], moments))[:1]
@@ -397,18 +403,19 @@ class Population:
         return None if self._entry is None else self.layers[self._entry]
 
 
-def _fetch(
-    traced: Traced, pending: list[tuple[list[int], tuple[Any, ...]]], replicas: int
-) -> _Results:
+def _fetch(traced: Traced, pending: Sequence[_Pending], replicas: int) -> _Results:
     """Fetches the results of some steps, and drops those of idle replicas."""
-    numbers = [number for group, _ in pending for number in group]
-    is_real = [place < len(group) for group, _ in pending for place in range(replicas)]
+    numbers = [number for group, _, _ in pending for number in group]
+    sizes = [size for _, group, _ in pending for size in group]
+    is_real = [
+        place < len(group) for _, group, _ in pending for place in range(replicas)
+    ]
     counts, means, variances, losses = (
         np.concatenate([np.asarray(part, np.float64) for part in column])[is_real]
-        for column in zip(*(result for _, result in pending), strict=True)
+        for column in zip(*(result for _, _, result in pending), strict=True)
     )
     late = {layer: parts[: len(numbers)] for layer, parts in traced.take_late().items()}
-    return _Results(numbers, counts, means, variances, losses, late)
+    return _Results(numbers, sizes, counts, means, variances, losses, late)
 
 
 def _entry_means(traced: Traced, results: _Results) -> Moments:

@@ -16,7 +16,7 @@ class Precision:
     Args:
         layers: The layers.
         tolerance: Largest standard error allowed, in standard deviations.
-        most: Batches after which to stop in any case; None for no such limit.
+        most: Examples after which to stop in any case; None for no such limit.
     """
 
     def __init__(
@@ -25,18 +25,19 @@ class Precision:
         self._layers = [(bn.epsilon, Blocks()) for bn in layers]
         self._tolerance = tolerance
         self._most = most
-        self._count = self._due = 0
+        self._count = self._due = self._examples = 0
 
-    def __call__(self, batch: list[Moments]) -> bool:
+    def __call__(self, batch: list[Moments], examples: int) -> bool:
         """Takes the next batch into account, and returns whether to stop."""
         self._count += 1
+        self._examples += examples
         for (_, blocks), moments in zip(self._layers, batch, strict=True):
             blocks.add(moments)
-        if self._most is not None and self._count >= self._most:
+        if self._most is not None and self._examples >= self._most:
             return True
         if self._count < max(self._due, MIN_BATCHES):
             return False
         # A check costs time, and a late one wastes batches: an eighth more each time.
         self._due = self._count + self._count // 8
-        errors = [blocks.standard_error(epsilon) for epsilon, blocks in self._layers]
+        errors = (blocks.standard_error(epsilon) for epsilon, blocks in self._layers)
         return all(e is not None and e <= self._tolerance for e in errors)

@@ -75,7 +75,7 @@ class EachBatch:
         """Makes the function that a pass calls with each batch; never ends the pass."""
         self._batches.clear()
 
-        def keep(batch: list[Moments]) -> bool:
+        def keep(batch: list[Moments], examples: int) -> bool:
             self._batches.append(batch)
             return False
 

@@ -114,40 +114,43 @@ class Reservoir:
     def __init__(self, size: int) -> None:
         self._size = size
         self._rng = np.random.default_rng(0)
+        # The examples are in whole batches as long as all are kept, then in rows.
+        self._batches: list[Batch] = []
         self._rows: list[NDArray[Any]] = []
-        self._structure: Any = None
         self.seen = 0
 
     def add(self, batch: Batch) -> None:
         """Takes the next batch into account; skips one with rows of another shape."""
         shapes = row_shapes(batch)
-        if shapes is None:
+        if shapes is None or (self._batches and shapes != row_shapes(self._batches[0])):
             return
-        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(batch[0])]
-        if not self._rows:
-            self._structure = batch[0]
-            self._rows = [
-                np.empty((self._size, *leaf.shape[1:]), leaf.dtype) for leaf in leaves
-            ]
-        elif shapes != [rows.shape[1:] for rows in self._rows]:
-            return
-        numbers = self.seen + np.arange(len(leaves[0]))
+        numbers = self.seen + np.arange(examples_in(batch))
         self.seen += len(numbers)
-        places = np.where(
-            numbers < self._size, numbers, self._rng.integers(0, numbers + 1)
-        )
-        for rows, leaf in zip(self._rows, leaves, strict=True):
-            for place, row in zip(places, leaf, strict=True):
-                if place < self._size:
-                    rows[place] = row
+        if not self._rows:
+            self._batches.append(batch)
+            if self.seen <= self._size:
+                return
+            self._rows = [leaf.numpy()[: self._size] for leaf in self._joined()]
+            del self._batches[1:]
+        places = self._rng.integers(0, numbers + 1)
+        replaced = (numbers >= self._size) & (places < self._size)
+        for rows, leaf in zip(self._rows, tf.nest.flatten(batch[0]), strict=True):
+            new = np.asarray(leaf)
+            for index in np.flatnonzero(replaced):
+                rows[places[index]] = new[index]
 
     def batch(self) -> Batch | None:
         """The examples kept, as one batch; None if there are none."""
-        if not self._rows:
+        if not self._batches:
             return None
-        count = min(self.seen, self._size)
-        leaves = [tf.convert_to_tensor(rows[:count]) for rows in self._rows]
-        return tf.nest.pack_sequence_as(self._structure, leaves), None, None
+        leaves = list(map(tf.convert_to_tensor, self._rows)) or self._joined()
+        return tf.nest.pack_sequence_as(self._batches[0][0], leaves), None, None
+
+    def _joined(self) -> list[Any]:
+        columns = zip(
+            *(tf.nest.flatten(batch[0]) for batch in self._batches), strict=True
+        )
+        return [tf.concat(column, axis=0) for column in columns]
 
 
 def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:

@@ -134,7 +134,11 @@ def signalled(number: int, command: str, tries: int, draw: random.Random) -> Tri
             left = [path.name for path in temporary.iterdir()]
             is_clean &= all(name.startswith("__autograph") for name in left)
             is_right = not is_new or output.is_dir() or is_whole(output)
-            held += is_told and is_clean and is_right
+            if is_told and is_clean and is_right:
+                held += 1
+            else:
+                what = f"status {process.returncode}, new {is_new}, whole {is_right}"
+                print(what, sorted(names), left, said, file=sys.stderr)
     return Tried(tries, held)
 
 
