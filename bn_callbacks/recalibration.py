@@ -318,11 +318,11 @@ class Recalibration:
             if validation_data is not None:
                 self._validation = Probe(model, validation_data, self._targets)
             first = batches.peek()
-            self._brief_samples = _brief_samples(examples_in(first), batches.length)
             # Raises if the data do not fit the model, before hours of training.
             self._population.bytes_of_example(first)
         batches.mix()
         self._population.share(batches)
+        self._brief_samples = _brief_samples(examples_in(first), batches.length)
 
     def run(self, verbose: int | Literal["auto"]) -> RecalibrationReport:
         """Measures, decides and writes, as `recalibrate` describes it."""

@@ -325,6 +325,18 @@ def test_a_reservoir_is_a_fair_sample() -> None:
     assert 30 < rows.mean() < 70
 
 
+def test_batches_of_several_types_are_not_joined() -> None:
+    x = np.round(normal(512, 3))
+    parts = [
+        part.astype("int32" if index % 2 else "float32")
+        for index, part in enumerate(cut(x, 32))
+    ]
+    model = single(3)
+    report = recalibrate(model, iter(parts), verbose=0)
+    assert (report.samples, report.batches) == (512, 16)
+    np.testing.assert_allclose(stored(model)[0][0], x.mean(0), atol=1e-5)
+
+
 def test_joined_batches_hold_the_same_rows() -> None:
     x = normal(100, 3)
     batches = Batches(x, batch_size=8)

@@ -16,7 +16,7 @@ from bn_callbacks.measuring.data import Batch, Batches
 from bn_callbacks.measuring.one_pass import Measurement, Population
 from bn_callbacks.measuring.probe import EachBatch
 from bn_callbacks.measuring.progress import Progress
-from bn_callbacks.measuring.sample import Joined, KeptBatches, examples_in, row_shapes
+from bn_callbacks.measuring.sample import Joined, KeptBatches, examples_in, row_specs
 from bn_callbacks.statistics.moments import Statistics
 from bn_callbacks.statistics.shrinkage import CAUTION, MIN_EXAMPLES, Shrunk, shrunk
 
@@ -54,7 +54,7 @@ def handful(batches: Batches, is_divisible: bool) -> KeptBatches | None:
         count += size
         if count > MANY:
             return None
-        is_cut = is_divisible and row_shapes(batch) is not None
+        is_cut = is_divisible and row_specs(batch) is not None
         rows += _rows(batch, size) if is_cut else [batch]
         numbers += [batches.number(index)] * (len(rows) - len(numbers))
     if len(rows) < MIN_EXAMPLES:

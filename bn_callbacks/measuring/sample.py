@@ -120,9 +120,9 @@ class Reservoir:
         self.seen = 0
 
     def add(self, batch: Batch) -> None:
-        """Takes the next batch into account; skips one with rows of another shape."""
-        shapes = row_shapes(batch)
-        if shapes is None or (self._batches and shapes != row_shapes(self._batches[0])):
+        """Takes the next batch into account; skips one with rows of another kind."""
+        specs = row_specs(batch)
+        if specs is None or (self._batches and specs != row_specs(self._batches[0])):
             return
         numbers = self.seen + np.arange(examples_in(batch))
         self.seen += len(numbers)
@@ -153,8 +153,8 @@ class Reservoir:
         return [tf.concat(column, axis=0) for column in columns]
 
 
-def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
-    """The shape of an example in each input; None if examples cannot be told apart.
+def row_specs(batch: Batch) -> list[tf.TensorSpec] | None:
+    """Shape and type of an example in each input; None if it cannot be told apart.
 
     That is so if an input is sparse or ragged, or if inputs differ in length.
     """
@@ -163,7 +163,7 @@ def row_shapes(batch: Batch) -> list[tuple[int, ...]] | None:
         return None
     if len({int(leaf.shape[0]) for leaf in leaves}) > 1:
         return None
-    return [tuple(leaf.shape[1:]) for leaf in leaves]
+    return [tf.TensorSpec(leaf.shape[1:], leaf.dtype) for leaf in leaves]
 
 
 class KeptBatches(Source):
@@ -218,7 +218,7 @@ class Joined(Source):
         for batch in self._batches:
             is_like = not group or (
                 examples + examples_in(batch) <= self._size
-                and row_shapes(batch) == row_shapes(group[0]) is not None
+                and row_specs(batch) == row_specs(group[0]) is not None
             )
             if not is_like:
                 yield self._join(group)
