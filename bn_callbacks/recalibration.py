@@ -59,7 +59,7 @@ BRIEF_TOLERANCE = 0.01
 BRIEF_RESIDUAL = 0.005
 """Residual that is small compared with `BRIEF_TOLERANCE`: errors add up as squares."""
 
-BRIEF_SAMPLES, BRIEF_SHARE = 2048, 1 / 6
+BRIEF_SAMPLES, BRIEF_SHARE = 2048, 1 / 7
 """A validation reads no more than so many samples, or this share of the data if that is
 more. More would take longer than a tenth of an epoch of 20,000 samples
 (tests/benchmarks/validation.py)."""
