@@ -15,8 +15,6 @@ pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "tried.md"
 
 
-# Python prints what is raised in a finaliser, even if that is a Ctrl-C, and goes on.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", tried.KINDS)
 def test_everything_holds(kind: str) -> None:
     attempt, factor = tried.KINDS[kind]

@@ -177,9 +177,6 @@ def interrupted_fits(tries: int, draw: random.Random) -> Tried:
             validation_data=(X, Y), callbacks=list(callbacks),
         )  # fmt: skip
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     model = make_model("sgd")
     start = model.get_weights()
     states = States()
@@ -193,21 +190,43 @@ def interrupted_fits(tries: int, draw: random.Random) -> Tried:
         length = time.perf_counter() - begin
     # At the very end they are recalibrated for good.
     states.seen.add(averages(model))
-    before = signal.signal(signal.SIGALRM, interrupt)
     made = held = 0
-    while made < tries:
-        model.set_weights(start)
-        with contextlib.suppress(KeyboardInterrupt):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.01, length))
-                fit(callback)
-                continue
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        made += 1
-        held += averages(model) in states.seen
-    signal.signal(signal.SIGALRM, before)
+    with interrupting():
+        while made < tries:
+            model.set_weights(start)
+            with contextlib.suppress(KeyboardInterrupt):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.01, length))
+                    fit(callback)
+                    continue
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            made += 1
+            held += averages(model) in states.seen
     return Tried(made, held)
+
+
+@contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """Makes SIGALRM a Ctrl-C, and says nothing of one that Python drops.
+
+    It drops what is raised in a finaliser, and goes on.
+    """
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def complain(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            hook(dropped)
+
+    handler, hook = signal.signal(signal.SIGALRM, interrupt), sys.unraisablehook
+    sys.unraisablehook = complain
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGALRM, handler)
 
 
 def averages(model: keras.Model) -> bytes:
