@@ -126,13 +126,14 @@ class Reservoir:
             return
         numbers = self.seen + np.arange(examples_in(batch))
         self.seen += len(numbers)
+        places = self._rng.integers(0, numbers + 1)
         if not self._rows:
             self._batches.append(batch)
             if self.seen <= self._size:
                 return
-            self._rows = [leaf.numpy()[: self._size] for leaf in self._joined()]
+            leaves = tf.nest.flatten(join(self._batches)[0])
+            self._rows = [leaf.numpy()[: self._size] for leaf in leaves]
             del self._batches[1:]
-        places = self._rng.integers(0, numbers + 1)
         replaced = (numbers >= self._size) & (places < self._size)
         for rows, leaf in zip(self._rows, tf.nest.flatten(batch[0]), strict=True):
             new = np.asarray(leaf)
@@ -143,14 +144,18 @@ class Reservoir:
         """The examples kept, as one batch; None if there are none."""
         if not self._batches:
             return None
-        leaves = list(map(tf.convert_to_tensor, self._rows)) or self._joined()
-        return tf.nest.pack_sequence_as(self._batches[0][0], leaves), None, None
+        if not self._rows:
+            return join(self._batches)
+        rows = map(tf.convert_to_tensor, self._rows)
+        return tf.nest.pack_sequence_as(self._batches[0][0], list(rows)), None, None
 
-    def _joined(self) -> list[Any]:
-        columns = zip(
-            *(tf.nest.flatten(batch[0]) for batch in self._batches), strict=True
-        )
-        return [tf.concat(column, axis=0) for column in columns]
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches of the same `row_specs` as one batch of inputs."""
+    inputs = tf.nest.map_structure(
+        lambda *leaves: tf.concat(leaves, axis=0), *(batch[0] for batch in batches)
+    )
+    return inputs, None, None
 
 
 def row_specs(batch: Batch) -> list[tf.TensorSpec] | None:
@@ -233,12 +238,7 @@ class Joined(Source):
 
     def _join(self, group: Sequence[Batch]) -> Batch:
         self._ends.append(self._ends[-1] + len(group))
-        if len(group) == 1:
-            return group[0]
-        inputs = tf.nest.map_structure(
-            lambda *leaves: tf.concat(leaves, axis=0), *(batch[0] for batch in group)
-        )
-        return inputs, None, None
+        return group[0] if len(group) == 1 else join(group)
 
     def number(self, index: int) -> int:
         """The place in the data of the first batch in the `index`-th joined one."""
