@@ -79,12 +79,8 @@ def audit(
     team = team_of(model)
     with team.agreed():
         batches = Batches(
-            x,
-            batch_size=batch_size,
-            steps=steps,
-            inputs=count_inputs(model),
-            shuffle=True,
-        )
+            x, batch_size=batch_size, steps=steps, inputs=count_inputs(model)
+        ).by_rows()
         has_loss = bool(model.compiled) and batches.peek()[1] is not None
         targets, *_ = split(model, found, batches)
         in_inference = Population(model, found)

@@ -288,7 +288,9 @@ class Recalibration:
         self._refine: int | Literal["auto"] = (
             refine if refine == "auto" else int(refine)
         )
-        self._batches = batches = batches.by_rows() if is_brief else batches
+        if is_brief and batches.steps is None:
+            batches = batches.by_rows()
+        self._batches = batches
         self._prior = prior
         self._shrinkage: tuple[Shrinkage, ...] = ()
         self._team = team_of(model)
@@ -507,8 +509,9 @@ class Recalibration:
 
 def _brief_samples(batch_size: int, length: int | None) -> int:
     """The most samples that a validation reads, in whole steps of its reading."""
+    size = max(1, batch_size)
     samples = max(BRIEF_SAMPLES, BRIEF_SHARE * batch_size * (length or 0))
-    step = max(1, batch_size, BRIEF_GRAIN // max(1, batch_size) * batch_size)
+    step = max(size, BRIEF_GRAIN // size * size)
     return math.ceil(samples / step) * step
 
 

@@ -58,7 +58,6 @@ class Batches(Source):
         steps: Number of batches to use; all by default.
         inputs: The number of inputs of the model, which tells a tuple of
             inputs from `(x, y)`; None if unknown.
-        shuffle: Whether to read arrays in random order, the same each time.
 
     Raises:
         ValueError: `x` is empty, endless or shorter than `steps`, or arguments
@@ -73,7 +72,6 @@ class Batches(Source):
         batch_size: int | None = None,
         steps: int | None = None,
         inputs: int | None = None,
-        shuffle: bool = False,
     ) -> None:
         check_whole("batch_size", batch_size)
         check_whole("steps", steps)
@@ -85,9 +83,8 @@ class Batches(Source):
         self._once: Iterator[Any] | None = None
         self._kept: list[Batch] = []
         if _is_arrays(x):
-            arrays = _Arrays(x, batch_size or BATCH_SIZE, inputs)
-            self._source: Iterable[Any] = arrays.by_rows() if shuffle else arrays
-            size: int | None = len(arrays)
+            self._source: Iterable[Any] = _Arrays(x, batch_size or BATCH_SIZE, inputs)
+            size: int | None = len(self._source)
         else:
             if batch_size is not None:
                 raise ValueError(
@@ -130,9 +127,9 @@ class Batches(Source):
     def by_rows(self) -> "Batches":
         """The same data, with the rows of arrays in random order, always the same.
 
-        Other data, and arrays of which `steps` are used, keep their order.
+        If `steps` are used, they come from all rows. Other data keep their order.
         """
-        if not isinstance(self._source, _Arrays) or self.steps is not None:
+        if not isinstance(self._source, _Arrays):
             return self
         new = copy.copy(self)
         new._source, new._first = self._source.by_rows(), None
