@@ -5,7 +5,7 @@
 
 Networks for scikit-learn's digits are trained until they are healthy, or for 100 steps
 only, which leaves their averages warming up; or they get data of half the contrast.
-Each network takes a quarter of an hour; rows of others that the page has stay there.
+Each network takes some minutes; rows of others that the page has stay there.
 """
 
 import os
