@@ -41,9 +41,10 @@ class RecalibrateBatchNorm(BatchNormCallback):
         steps: Number of batches to use; all by default.
         tolerance: As in `recalibrate`; by default `"auto"`, which reads all data when
             training ends; for a validation and at an epoch's end it stops at a
-            standard error of 0.01, or after about a tenth of an epoch's time. Arrays
-            and `PyDataset`s are read in random order; shuffle datasets and generators
-            yourself, or their first part is no sample of all.
+            standard error of 0.01, or after 2,048 samples or a seventh of the data,
+            whichever is more: at most about a tenth of an epoch's time from 20,000
+            samples on. Arrays and `PyDataset`s are read in random order; shuffle
+            datasets and generators yourself, or their first part is no sample of all.
         refine: As in `recalibrate`; `"auto"` by default.
         dropout: As in `recalibrate`; `False` by default.
         layers: As in `recalibrate`; by default the layers that `fit` updates.
